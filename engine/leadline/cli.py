@@ -1,0 +1,200 @@
+"""The command line: parse, call, print."""
+
+import csv
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from typer.exceptions import TyperException
+
+from leadline.errors import LeadlineError
+
+app = typer.Typer(
+    help="Prediction depth: how many layers a network needs before it has made up its mind.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="directory of a run")]
+SettledOnly = Annotated[bool, typer.Option("--settled-only", help="leave out points whose softmax probe disagrees")]
+
+
+class Format(StrEnum):
+    """Of a query's answer."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    out: Annotated[Path | None, typer.Option(help="directory of the run; by default runs/<name>")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the configuration")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster; by default one is started here")] = None,
+) -> None:
+    """Compute the depths of every point under every member; the same command resumes an interrupted run."""
+    # A user's module:function lies in the folder where the command is given.
+    sys.path.insert(0, str(Path.cwd()))
+    import leadline
+    from leadline.report import print_summary
+
+    run = leadline.run(config, out, address=address, overrides=tuple(overrides or ()))
+    console = _console()
+    print_summary(run, console)
+    console.print(f"tables in {run.directory.root}", soft_wrap=True)
+
+
+@app.command()
+def show(run: RunPath, settled_only: SettledOnly = False) -> None:
+    """Summarise a run: probe accuracy by layer, depths, accuracy at each depth, hardest points."""
+    import leadline
+    from leadline.report import print_summary
+
+    print_summary(leadline.open(run), _console(), settled_only)
+
+
+@app.command()
+def query(
+    run: RunPath,
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="one SELECT; tables: points members probes ensemble depths votes")
+    ],
+    output: Annotated[
+        Format, typer.Option("--format", help="parquet goes to standard output too: redirect it")
+    ] = Format.table,
+) -> None:
+    """Ask a run's tables in SQL (DuckDB); read-only."""
+    import leadline
+
+    _write(leadline.open(run).sql(sql), output)
+
+
+@app.command()
+def hardest(
+    run: RunPath,
+    label: Annotated[str | None, typer.Option(help="a class, by number or name")] = None,
+    n: Annotated[int, typer.Option("--n", help="how many")] = 20,
+    split: Annotated[str, typer.Option(help="held-out or training")] = "held-out",
+    settled_only: SettledOnly = False,
+) -> None:
+    """List the points of greatest mean depth."""
+    import leadline
+    from leadline import report
+
+    _write(report.hardest(leadline.open(run), n, split=split, label=label, settled_only=settled_only), Format.table)
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Hold a run's files against its manifest, its depths against its votes. Exit code 1 where one is wrong."""
+    from leadline.store import RunDirectory
+    from leadline.store.verify import verify as find_faults
+
+    faults = find_faults(RunDirectory(run.absolute()))
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise typer.Exit(1)
+    print(f"{run}: sound")
+
+
+@app.command()
+def probes(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="mlp, resnet18, vgg16, a torchvision classifier, or module:function")
+    ],
+    shape: Annotated[str, typer.Option("--input", help="shape of a point's input, as 3x32x32")] = "3x224x224",
+    classes: Annotated[int, typer.Option(min=2)] = 10,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the architecture")
+    ] = None,
+    at: Annotated[
+        list[str] | None, typer.Option("--probe", help="paper, auto, or a module's name, with wildcards")
+    ] = None,
+) -> None:
+    """Print the probes that would be read in a model, with their widths."""
+    sys.path.insert(0, str(Path.cwd()))
+    import torch
+
+    from leadline.config import apply_override
+    from leadline.members import build, place_probes
+    from leadline.report.summary import as_table
+
+    sizes = shape.split("x")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise LeadlineError(f"--input: {shape!r} is no shape; write sizes with x between them, as 3x32x32")
+    input_shape = tuple(int(size) for size in sizes)
+    given: dict[str, Any] = {}
+    for parameter in parameters or []:
+        apply_override(given, parameter)
+    network = build(model, given, input_shape, classes, seed=0)
+    named = at[0] if at in (["paper"], ["auto"]) else at
+    placed = place_probes(network, named, torch.zeros(1, *input_shape))
+    table = pa.table(
+        {"probe": [p.index for p in placed], "name": [p.name for p in placed], "width": [p.width for p in placed]}
+    )
+    _console().print(as_table(table, f"{model}: {len(placed)} probes"))
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, whose width nobody knows."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _write(table: pa.Table, output: Format) -> None:
+    match output:
+        case Format.table:
+            from leadline.report.summary import as_table
+
+            _console().print(as_table(table))
+        case Format.csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(table.column_names)
+            for row in _rows(table):
+                writer.writerow(
+                    json.dumps(value) if isinstance(value, (list, dict)) else value for value in row.values()
+                )
+        case Format.json:
+            # One object a line, in one array: whole JSON, and easy to cut.
+            print("[" + ",\n ".join(json.dumps(row, default=str) for row in _rows(table)) + "]")
+        case Format.parquet:
+            if sys.stdout.isatty():
+                raise LeadlineError(
+                    "--format parquet: standard output is a terminal; redirect it, as in > answer.parquet"
+                )
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            sys.stdout.buffer.write(sink.getvalue())
+
+
+def _rows(table: pa.Table) -> Any:
+    for batch in table.to_batches():
+        yield from batch.to_pylist()
+
+
+def main() -> None:
+    """Run the command line; what is the user's to mend is one line on standard error and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except LeadlineError as error:
+        print(f"leadline: {error}", file=sys.stderr)
+        code = 2
+    except TyperException as error:
+        print(f"leadline: {' '.join(error.format_message().split())}; see leadline --help", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("leadline: interrupted; the same command resumes", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,295 @@
+"""A run from its configuration to its tables, on Ray."""
+
+import hashlib
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from rich.console import Console
+
+from leadline.cluster.pool import Pool, connected
+from leadline.cluster.progress import Stages
+from leadline.cluster.units import Member, blocks, list_members, shard_edges
+from leadline.config import RunConfig, load_config
+from leadline.depth import MemberDepths, combine
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.members import training_ids
+from leadline.points import TRAIN, Points, open_points
+from leadline.query import Run, open_run
+from leadline.store import RunDirectory
+from leadline.store.files import digest, read_json, sweep
+from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
+from leadline.store.tables import ROWS, read_table, write_table
+
+MEMORY = Path("/dev/shm")  # a file system in memory
+SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
+
+
+def run(
+    config: RunConfig | str | Path | Mapping[str, Any], out: str | Path | None = None, *, address: str | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Run:  # fmt: skip
+    """Compute the depths of every point under every member, and leave them as tables in a directory.
+
+    config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, by default
+    runs/<name>; a run that was interrupted goes on from its finished units. address: of a Ray cluster; by default one
+    is started on this machine. overrides: "key=value" in the configuration. Progress goes to standard error.
+
+    Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, and a directory that holds
+    a run of others.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+    points = open_points(config.points)
+    members = list_members(config)
+    for member in members:
+        _check_bank(config, points, member)
+    directory = RunDirectory(Path(out or Path("runs") / config.name).absolute())
+    manifest = _manifest(config, points, members)
+    if directory.begin(manifest):
+        return open_run(directory.root)
+    sweep(directory.root)
+    stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
+    with Stages(Console(stderr=True)) as stages:
+        stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
+        _write_points(directory, points, stamps)
+        with connected(config.engine, address) as is_local:
+            _compute(config, directory, members, len(points), is_local, stages, stamps)
+        directory.free_scratch()
+        _combine(directory, members, points, config, stamps)
+        files = {
+            str(path.relative_to(directory.root)): digest(path) for path in sorted(directory.root.rglob("*.parquet"))
+        }
+        directory.complete(files, stages.report())
+    return open_run(directory.root)
+
+
+def _check_bank(config: RunConfig, points: Points, member: Member) -> None:
+    ids = training_ids(member.config.split, points.parts, member.seed)
+    if len(ids) - config.leave_one_out < config.k:
+        raise LeadlineError(
+            f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
+            f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
+        )
+
+
+def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:
+    names = ("leadline", "torch", "torchvision", "numpy", "numba", "pyarrow", "ray")
+    return {
+        "name": config.name,
+        "configuration": config.record(),
+        "data": {"fingerprint": points.fingerprint(), "points": len(points)},
+        "weights": {m.name: digest(m.weights_source) for m in members if m.weights_source},
+        "fingerprint": config.fingerprint(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in names}},
+        "machine": {"processor": _processor(), "system": sys.platform},
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it; elsewhere what Python knows."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str]) -> None:
+    names = np.array(points.label_names, object)
+    clean = points.clean_labels
+
+    def tables() -> Iterator[pa.Table]:
+        for first, stop in blocks(len(points), ROWS):
+            labels = points.labels[first:stop]
+            yield pa.table(
+                {
+                    "point_id": np.arange(first, stop),
+                    "key": points.keys[first:stop],
+                    "label": labels,
+                    "label_name": pa.array(names[labels], pa.string()),
+                    "part": pa.array(np.where(points.parts[first:stop] == TRAIN, "train", "test")),
+                    "clean_label": pa.nulls(stop - first, pa.int32()) if clean is None else clean[first:stop],
+                }
+            )
+
+    write_table(directory.table("points"), POINTS, tables(), stamps)
+
+
+def _compute(
+    config: RunConfig, directory: RunDirectory, members: list[Member], n_points: int, is_local: bool, stages: Stages,
+    stamps: dict[str, str],
+) -> None:  # fmt: skip
+    """Train, embed, vote and reduce. Every stage leaves out what is there from an earlier try."""
+    n_shards = len(shard_edges(config, n_points))
+    n_blocks = len(blocks(n_points, config.engine.query_block))
+    untrained = [m for m in members if not directory.record("train", m.name).exists()]
+    waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
+    pool = Pool(config.engine, (config, stamps))
+    stages.plan("train", "steps", len(members), len(members) - len(untrained))
+    _do(pool, stages, "train", [("train", (directory, member)) for member in untrained])
+
+    probes = {m.name: read_json(directory.record("train", m.name))["probes"] for m in members}
+    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), config.engine.group_size)]
+    with _scratch(config, directory, groups, probes, n_points, is_local, stages) as placed:
+        shards = [_missing_shards(placed, group, n_shards) for group in groups]
+        votes = [_missing_votes(placed, group, probes, n_blocks) for group in groups]
+        n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
+        stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
+        stages.plan("vote", "votes", n_votes, n_votes - sum(map(len, votes)))
+        stages.plan("reduce", "points", len(members), len(members) - len(waiting))
+        for group, missing_shards, missing_votes in zip(groups, shards, votes, strict=True):
+            _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
+            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in missing_votes])
+            _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
+            placed.free_scratch()
+        # Also of members that an earlier try had reduced when it was killed.
+        for member in members:
+            placed.free_votes(member.name)
+        placed.free_scratch()
+
+
+def _do(pool: Pool, stages: Stages, stage: str, units: list[tuple[str, tuple[Any, ...]]]) -> None:
+    stages.start(stage)
+    pool.run(units, lambda work: stages.advance(stage, work))
+    stages.stop(stage)
+
+
+def _missing_shards(directory: RunDirectory, group: list[Member], n_shards: int) -> list[int]:
+    return [shard for shard in range(n_shards) if not all(directory.outputs(m.name, shard).exists() for m in group)]
+
+
+def _missing_votes(
+    directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
+) -> list[tuple[Member, int, int]]:
+    """Wide probes first: the longest units at the end would leave actors idle."""
+    units = [
+        (member, probe["index"], block)
+        for member in group
+        for probe in sorted(probes[member.name], key=lambda probe: -probe["width"])
+        for block in range(n_blocks)
+    ]
+    return [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
+
+
+@contextmanager
+def _scratch(
+    config: RunConfig, directory: RunDirectory, groups: list[list[Member]], probes: dict[str, Any], n_points: int,
+    is_local: bool, stages: Stages,
+) -> Iterator[RunDirectory]:  # fmt: skip
+    """The run's directory with a place for embeddings: the one asked for, memory where they fit, or the run's own."""
+    size = max((_embedding_bytes(group, probes, n_points) for group in groups), default=0)
+    name = f"leadline-{hashlib.sha256(str(directory.root).encode()).hexdigest()[:16]}"
+    in_memory = config.engine.scratch is None and is_local and _fits_memory(size, MEMORY / name)
+    if config.engine.scratch is not None:
+        directory = RunDirectory(directory.root, config.engine.scratch.absolute() / name)
+    elif in_memory:
+        directory = RunDirectory(directory.root, MEMORY / name)
+    if groups:
+        where = "memory" if in_memory else str(directory.scratch)
+        stages.say(f"embeddings: {size / 1e9:.2f} GB at a time, in {where}")
+    try:
+        yield directory
+    finally:
+        # Memory is given back also when the run ends early; on disk, finished shards wait for the next try.
+        if in_memory:
+            directory.free_scratch()
+
+
+def _embedding_bytes(group: list[Member], probes: dict[str, Any], n_points: int) -> int:
+    inner = sum(probe["width"] for member in group for probe in probes[member.name][1:])
+    return 4 * n_points * int(inner + probes[group[0].name][0]["width"])
+
+
+def _fits_memory(size: int, place: Path) -> bool:
+    if not MEMORY.is_dir():
+        return False
+    free = min(shutil.disk_usage(MEMORY).free, ray.available_resources().get("memory", 0))
+    return place.is_dir() or size * SHARE_OF_MEMORY <= free
+
+
+def _combine(
+    directory: RunDirectory, members: list[Member], points: Points, config: RunConfig, stamps: dict[str, str]
+) -> None:
+    """Write the tables of members, probes and the ensemble from what the members' reductions left."""
+    trained = {m.name: read_json(directory.record("train", m.name)) for m in members}
+    reduced = {m.name: read_json(directory.record("reduce", m.name)) for m in members}
+    rows = [_member_row(m, trained[m.name], reduced[m.name]) for m in members]
+    write_table(directory.table("members"), MEMBERS, [pa.Table.from_pylist(rows, MEMBERS)], stamps)
+    rows = [row for m in members for row in _probe_rows(config, m, trained[m.name], reduced[m.name])]
+    write_table(directory.table("probes"), PROBES, [pa.Table.from_pylist(rows, PROBES)], stamps)
+    write_table(directory.table("ensemble"), ENSEMBLE, _ensemble_tables(directory, members, points), stamps)
+
+
+def _member_row(member: Member, trained: dict[str, Any], reduced: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "member": member.name,
+        "architecture": member.architecture,
+        "seed": member.seed,
+        "weights_fingerprint": trained["weights_fingerprint"],
+        "n_train": trained["n_train"],
+        "n_held_out": reduced["n_held_out"],
+        "train_accuracy": reduced["train_accuracy"],
+        "held_out_accuracy": reduced["held_out_accuracy"],
+        "n_probes": len(trained["probes"]),
+        "training_steps": trained["steps"],
+        "training_precision": trained["precision"],
+    }
+
+
+def _probe_rows(
+    config: RunConfig, member: Member, trained: dict[str, Any], reduced: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    for probe, cost in zip(trained["probes"], reduced["cost"], strict=True):
+        held_out = reduced["probe_held_out_accuracy"]
+        yield {
+            "member": member.name,
+            "architecture": member.architecture,
+            "probe": probe["index"],
+            "name": probe["name"],
+            "width": probe["width"],
+            "stored_width": probe["width"],
+            "reduction": "none",
+            "method": config.method,
+            "k": config.k,
+            "train_accuracy": reduced["probe_train_accuracy"][probe["index"]],
+            "held_out_accuracy": held_out[probe["index"]] if held_out else None,
+            **cost,
+        }
+
+
+def _ensemble_tables(directory: RunDirectory, members: list[Member], points: Points) -> Iterator[pa.Table]:
+    n_classes = len(points.label_names)
+    for architecture in dict.fromkeys(m.architecture for m in members):
+        paths = [directory.member_table("depths", m.name) for m in members if m.architecture == architecture]
+        for group, (first, stop) in enumerate(blocks(len(points), ROWS)):
+            labels = points.labels[first:stop]
+            columns = combine((_member_depths(path, group) for path in paths), labels, n_classes)
+            yield pa.table(
+                {
+                    "architecture": pa.array([architecture] * (stop - first)),
+                    "point_id": np.arange(first, stop),
+                    "label": labels,
+                    **{name: _nullable(values) for name, values in columns.items()},
+                }
+            ).select(ENSEMBLE.names)
+
+
+def _member_depths(path: Path, row_group: int) -> MemberDepths:
+    table = read_table(path, row_group)
+    return MemberDepths(**{field.name: table[field.name].to_numpy() for field in fields(MemberDepths)})
+
+
+def _nullable(values: Array) -> pa.Array:
+    """NaN, which says that there is nothing to take a mean of, as null."""
+    return pa.array(values, mask=np.isnan(values) if values.dtype.kind == "f" else None)

@@ -1,0 +1,309 @@
+"""What a run is: typed, validated, fingerprinted.
+
+A configuration is a small YAML file (or the same as a mapping), the whole record of an experiment. Unknown keys are
+refused, so that a misspelt key is never a silent default.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from leadline.errors import LeadlineError
+
+
+class Section(BaseModel):
+    """Base of every part of a configuration: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Corruption(Section):
+    """Fixed random corruption of the training part's labels; the clean label is kept beside the given one."""
+
+    share: float = Field(gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class PointsSection(Section):
+    """What every source of points understands beside its own keys."""
+
+    corrupt: Corruption | None = None
+    resize: int | None = Field(default=None, ge=1, description="shorter side of every image, in pixels")
+    crop: int | None = Field(default=None, ge=1, description="side of the square cut from the middle, in pixels")
+    mean: tuple[float, ...] | None = Field(default=None, description="per channel, subtracted after scaling to [0, 1]")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, description="per channel, divided by")
+
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std go together and have one value for each channel")
+        return self
+
+
+class Digits(PointsSection):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8; all of them in part train."""
+
+    source: Literal["digits"]
+
+
+class TorchvisionPoints(PointsSection):
+    """A data set that torchvision downloads, or finds in `path`."""
+
+    source: Literal["fashion-mnist", "mnist", "cifar10", "cifar100", "svhn"]
+    path: Path | None = Field(
+        default=None, description="folder of the files; by default the places where they usually are"
+    )
+    download: bool = True
+
+
+class ImageFolder(PointsSection):
+    """ImageNet's layout: one folder a class, images in it; decoded when they are read."""
+
+    source: Literal["image-folder"]
+    train: Path
+    test: Path | None = None
+
+
+class ParquetPoints(PointsSection):
+    """Parquet files with a column of image bytes or of numeric lists, and a column of integer labels."""
+
+    source: Literal["parquet"]
+    train: str = Field(description="a file, a folder or a glob")
+    test: str | None = None
+    input: str = "image"
+    label: str = "label"
+    key: str | None = Field(default=None, description="column of names; by default the image's path, or file and row")
+
+
+class NpyPoints(PointsSection):
+    """Arrays on disk, mapped into memory: inputs [N, ...], labels [N], and where given parts [N] (0 train, 1 test)."""
+
+    source: Literal["npy"]
+    inputs: Path
+    labels: Path
+    parts: Path | None = None
+
+
+PointsConfig = Annotated[
+    Digits | TorchvisionPoints | ImageFolder | ParquetPoints | NpyPoints, Field(discriminator="source")
+]
+
+
+class RandomSplit(Section):
+    """A member's own random share of the training part; the rest of it, and the test part, are held out."""
+
+    kind: Literal["random"] = "random"
+    share: float = Field(default=0.9, gt=0, le=1)
+
+
+class PartSplit(Section):
+    """The whole training part; the test part is held out."""
+
+    kind: Literal["part"]
+
+
+class FileSplit(Section):
+    """Ids of the training points: a one-dimensional integer .npy file; `{seed}` in the path is the member's seed."""
+
+    kind: Literal["file"]
+    path: str
+
+
+SplitConfig = Annotated[RandomSplit | PartSplit | FileSplit, Field(discriminator="kind")]
+
+
+class Training(Section):
+    """SGD as in the paper's appendix (PAPER.md): momentum 0.9, learning rate 0.04 times 0.2 at fixed steps."""
+
+    steps: int = Field(ge=0, description="optimiser steps")
+    batch: int = Field(default=128, ge=1, description="points a step")
+    learning_rate: float = Field(default=0.04, gt=0)
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps at which the rate is cut"
+    )
+    decay: float = Field(default=0.2, gt=0, le=1, description="factor of the learning rate at each milestone")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the training products; auto: bfloat16 where the hardware multiplies it natively"
+    )
+
+
+class MemberConfig(Section):
+    """`count` members of one architecture, with the seeds `seed` … `seed + count - 1`."""
+
+    architecture: str = Field(description="mlp, resnet18, vgg16, a torchvision classifier, or module:function")
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="by default the architecture's")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    count: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    split: SplitConfig = RandomSplit()
+    weights: str | None = Field(
+        default=None, description=".safetensors or state-dict file; `{seed}` is the member's seed"
+    )
+    training: Training | None = None
+    probes: Literal["paper", "auto"] | tuple[str, ...] | None = Field(
+        default=None, description="paper for mlp, resnet18 and vgg16, otherwise auto; or module names, with wildcards"
+    )
+
+    @field_validator("architecture")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("an architecture has a name")
+        return value
+
+    @model_validator(mode="after")
+    def _weights_or_training(self) -> Self:
+        if self.weights is not None and self.training is not None:
+            raise ValueError("give weights or training, not both")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The architecture's name in the tables."""
+        return self.name or self.architecture.replace(":", ".")
+
+
+class Engine(Section):
+    """How the work is cut and who does it. `workers` changes nothing but the time, so it may change between resumes."""
+
+    workers: int | None = Field(
+        default=None, ge=1, description="actors; by default as many as the cluster has room for"
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads of an actor")
+    gpus: float = Field(default=0, ge=0, description="share of a GPU of an actor")
+    batch_size: int = Field(default=256, ge=1, description="points of one forward pass")
+    shard_size: int = Field(default=8192, ge=1, description="points of one embedding unit, rounded up to whole batches")
+    group_size: int = Field(default=4, ge=1, description="members that are embedded and kept on disk together")
+    query_block: int = Field(default=8192, ge=1, description="queries of one voting unit")
+    scratch: Path | None = Field(
+        default=None, description="folder for embeddings; by default memory where they fit, else disk"
+    )
+
+
+class RunConfig(Section):
+    """One configuration, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    points: PointsConfig
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+    k: int = Field(default=30, ge=1, description="neighbours that vote")
+    method: Literal["exact"] = "exact"
+    leave_one_out: bool = Field(default=True, description="a training point is left out of its own neighbours")
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _distinct_members(self) -> Self:
+        names = [member.label for member in self.members]
+        if len(set(names)) < len(names):
+            raise ValueError("two entries of members have the same name: give each its own with `name`")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """All that the results depend on, as plain JSON values: everything but the number of workers and scratch."""
+        record = self.model_dump(mode="json")
+        del record["engine"]["workers"], record["engine"]["scratch"]
+        return record
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `record`, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in _presets().iterdir() if path.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a preset, a YAML file or a mapping, apply `key.key=value` overrides, and validate.
+
+    Raises LeadlineError that names the key, what was given and what is allowed.
+    """
+    tree, where = (dict(source), "configuration") if isinstance(source, Mapping) else _read(str(source))
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise LeadlineError(f"{where}: {_explain(error)}") from None
+
+
+def _presets() -> Any:
+    return resources.files("leadline") / "presets"
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    if source in preset_names():
+        text, where = (_presets() / f"{source}.yaml").read_text(), f"preset {source}"
+    else:
+        try:
+            text, where = Path(source).read_text(), source
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise LeadlineError(
+                f"{source}: {reason}; give a YAML file or one of the presets {', '.join(preset_names())}"
+            ) from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise LeadlineError(f"{where}:{line} not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise LeadlineError(f"{where}: a configuration is a mapping of keys to values, this is {type(tree).__name__}")
+    return tree, where
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one value of a configuration, in place: `members.0.training.steps=100`; numbers are places in a list."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise LeadlineError(f"--set {override}: write key=value, as in --set engine.workers=2")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = _child(node, parent, key)
+    if isinstance(node, list):
+        _child(node, last, key)
+        node[int(last)] = yaml.safe_load(text)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(text)
+    else:
+        raise LeadlineError(f"--set {key}: {parents[-1]} has no keys of its own, it is {node!r}")
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise LeadlineError(
+                f"--set {key}: {name} is no place in a list of {len(node)}; allowed 0 to {len(node) - 1}"
+            )
+        return node[int(name)]
+    if isinstance(node, dict):
+        if node.get(name) is None:
+            node[name] = {}
+        return node[name]
+    raise LeadlineError(f"--set {key}: {name} cannot be set inside {node!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Every mistake in one line: key, what is allowed, what was given."""
+    lines = []
+    for mistake in error.errors(include_url=False):
+        key = ".".join(str(part) for part in mistake["loc"]) or "configuration"
+        kind = mistake["type"]
+        if kind == "extra_forbidden":
+            lines.append(f"{key}: no such key (given {mistake['input']!r})")
+        elif kind == "missing":
+            lines.append(f"{key}: required, not given")
+        else:
+            given = "" if isinstance(mistake["input"], (dict, list)) else f" (given {mistake['input']!r})"
+            lines.append(f"{key}: {mistake['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(lines)

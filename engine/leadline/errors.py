@@ -1,0 +1,8 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class LeadlineError(Exception):
+    """Bad input, said in one line: what is wrong, where, and what to do.
+
+    The command line prints the line and exits with code 2; anything else that is raised is a defect of Leadline.
+    """

@@ -1,0 +1,105 @@
+"""From neighbours to votes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.knn.exact import search
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The vote of each of Q queries: int32 [Q] each; runner_up is -1 where all k neighbours agree."""
+
+    winner: Array
+    winner_votes: Array
+    runner_up: Array
+    runner_up_votes: Array
+
+    def __len__(self) -> int:
+        return len(self.winner)
+
+
+def count_votes(neighbour_labels: Array) -> Votes:
+    """One vote a neighbour; neighbour_labels: int [Q, k]. Ties go to the lower class, for winner and runner-up."""
+    classes, codes = np.unique(neighbour_labels, return_inverse=True)
+    n_queries = len(neighbour_labels)
+    codes = codes.reshape(neighbour_labels.shape)
+    counts = np.zeros((n_queries, len(classes)), np.int32)
+    np.add.at(counts, (np.arange(n_queries)[:, None], codes), 1)
+    every = np.arange(n_queries)
+    # argmax gives the first of equals, and classes ascend: the lower class.
+    first = counts.argmax(axis=1) if n_queries else np.zeros(0, np.int64)
+    winner_votes = counts[every, first]
+    counts[every, first] = 0
+    second = counts.argmax(axis=1) if n_queries else first
+    runner_up_votes = counts[every, second]
+    return Votes(
+        winner=classes[first].astype(np.int32),
+        winner_votes=winner_votes,
+        runner_up=np.where(runner_up_votes > 0, classes[second], -1).astype(np.int32),
+        runner_up_votes=runner_up_votes,
+    )
+
+
+def knn_votes(
+    bank: Any, labels: Any, queries: Any, *, k: int = 30, exclude: Any = None, method: str = "exact",
+    device: str | torch.device | None = None,
+) -> Votes:  # fmt: skip
+    """The vote of each query's k nearest bank rows, as float64 brute force over the given values would have it.
+
+    bank [M, D], labels int [M] (not negative), queries [Q, D]: numpy arrays or torch tensors of real numbers, each row
+    flattened. exclude int64 [Q]: the bank row that a query must not count, -1 for none. Euclidean distance, ties of
+    distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
+    threads. device: where the products run; by default where `bank` lies.
+
+    Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, and fewer than
+    k bank rows to choose from.
+    """
+    if method != "exact":
+        raise LeadlineError(f"method: {method!r} is not known; allowed: exact")
+    if device is None:
+        device = bank.device if isinstance(bank, torch.Tensor) else "cpu"
+    rows, asked = _matrix(bank, "bank"), _matrix(queries, "queries")
+    if rows.shape[1] != asked.shape[1]:
+        raise LeadlineError(
+            f"queries: rows of {asked.shape[1]} values, the bank's have {rows.shape[1]}; give both alike"
+        )
+    given = _integers(labels, "labels", len(rows), "bank row")
+    if len(given) and not 0 <= given.min() <= given.max() < 2**31:
+        bad = int(np.flatnonzero((given < 0) | (given >= 2**31))[0])
+        raise LeadlineError(f"labels: row {bad} has label {given[bad]}, allowed 0 to {2**31 - 1}")
+    out = None if exclude is None else _integers(exclude, "exclude", len(asked), "query")
+    if out is not None and len(out) and not -1 <= out.min() <= out.max() < len(rows):
+        bad = int(np.flatnonzero((out < -1) | (out >= len(rows)))[0])
+        raise LeadlineError(f"exclude: query {bad} has {out[bad]}, allowed -1 to {len(rows) - 1}")
+    if k < 1:
+        raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
+    neighbours, _ = search(rows, asked, k, out, device)
+    return count_votes(given[neighbours])
+
+
+def _matrix(values: Any, name: str) -> Array:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+    array = np.asarray(values)
+    if array.ndim < 2:
+        raise LeadlineError(f"{name}: {array.ndim} dimensions; give [points, values]")
+    if array.dtype.kind not in "biuf":
+        raise LeadlineError(f"{name}: values of type {array.dtype}; give real numbers")
+    array = array.reshape(len(array), -1)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64)
+    return np.ascontiguousarray(array)
+
+
+def _integers(values: Any, name: str, n: int, of: str) -> Array:
+    array = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
+    if array.dtype.kind not in "iu" or array.shape != (n,):
+        raise LeadlineError(f"{name}: {array.dtype} of shape {array.shape}; give integers of shape ({n},), one a {of}")
+    return array.astype(np.int64)

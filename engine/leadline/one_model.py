@@ -1,0 +1,114 @@
+"""Depths of one PyTorch model in one process, in memory: no Ray, no files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from leadline.depth import depth_from_votes, is_unsettled
+from leadline.embedding import embed_batch
+from leadline.errors import LeadlineError
+from leadline.knn import knn_votes
+from leadline.members.probes import Probe, place_probes
+from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def prediction_depth(
+    model: torch.nn.Module, bank: Any, queries: Any = None, *, probes: str | Sequence[str] = "auto", k: int = 30,
+    method: str = "exact", batch_size: int = 256, device: str | torch.device | None = None,
+) -> pa.Table:  # fmt: skip
+    """Prediction depth of each query under one model (definition: `leadline.depth_from_votes`).
+
+    bank, queries: map-style data sets of (input tensor or array, integer label); bank is what the model was trained on.
+    queries=None: the bank itself, each point left out of its own neighbours. probes: "auto", "paper" (for the
+    architectures that Leadline brings) or module names, with wildcards; the input and the softmax are always probes.
+    device: where the model and the products run, by default where the model's parameters lie; embeddings are kept in
+    main memory, (bank + queries) x the sum of the probes' widths x 4 bytes.
+
+    Returns one row a query: point_id int64 (its place in the data set), label int32, in_training bool, prediction
+    int32, confidence, margin, entropy float32, depth int16, unsettled bool, and the votes winner, winner_votes,
+    runner_up, runner_up_votes, fixed-size lists of int32 over the probes, whose names are in the schema's metadata
+    under "probes", one a line.
+
+    Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, and fewer
+    than k bank points to choose from.
+    """
+    if batch_size < 1:
+        raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model = model.to(device)
+    example = _inputs([_item(bank, 0, "bank")[0]], "bank").to(device)
+    placed = place_probes(model, probes, example)
+    bank_embeddings, bank_labels, bank_outputs = _embed(model, placed, bank, "bank", batch_size, device)
+    if queries is None:
+        embeddings, labels, outputs, exclude = bank_embeddings, bank_labels, bank_outputs, np.arange(len(bank_labels))
+    else:
+        embeddings, labels, outputs = _embed(model, placed, queries, "queries", batch_size, device)
+        exclude = None
+    votes = [
+        knn_votes(rows, bank_labels, asked, k=k, exclude=exclude, method=method, device=device)
+        for rows, asked in zip(bank_embeddings, embeddings, strict=True)
+    ]
+    depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), outputs["prediction"])
+    columns = {
+        "point_id": pa.array(np.arange(len(labels))),
+        "label": pa.array(labels, pa.int32()),
+        "in_training": pa.array(np.full(len(labels), queries is None)),
+        **{name: pa.array(values) for name, values in outputs.items()},
+        "depth": pa.array(depths),
+        "unsettled": pa.array(is_unsettled(depths, len(placed))),
+        **vote_columns(votes),
+    }
+    return pa.table(columns).replace_schema_metadata({"probes": "\n".join(probe.name for probe in placed)})
+
+
+def _embed(
+    model: torch.nn.Module, probes: Sequence[Probe], points: Any, name: str, batch_size: int, device: Any
+) -> tuple[list[Array], Array, dict[str, Array]]:
+    """Embeddings of a data set, [N, width] a probe; its labels int64 [N]; its outputs [N] by column."""
+    labels = np.empty(len(points), np.int64)
+    embeddings = [np.empty((len(points), probe.width), np.float32) for probe in probes]
+    parts = []
+    for first in range(0, len(points), batch_size):
+        stop = min(first + batch_size, len(points))
+        items = [_item(points, i, name) for i in range(first, stop)]
+        labels[first:stop] = [label for _, label in items]
+        inputs = _inputs([value for value, _ in items], name, first).to(device)
+        batch = embed_batch(model, probes, inputs, first, name)
+        for kept, values in zip(embeddings, batch.embeddings, strict=True):
+            kept[first:stop] = values
+        parts.append(batch.outputs)
+    outputs = {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
+    return embeddings, labels, outputs
+
+
+def _item(points: Any, place: int, name: str) -> tuple[torch.Tensor, int]:
+    """One (input, label) of a data set."""
+    if place >= len(points):
+        raise LeadlineError(f"{name}: the data set is empty; give at least one point")
+    item = points[place]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise LeadlineError(f"{name}: item {place} is {type(item).__name__}; give data sets of (input, label)")
+    value, label = item
+    try:
+        return torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value), int(label)
+    except (TypeError, ValueError):
+        raise LeadlineError(
+            f"{name}: item {place} is ({type(value).__name__}, {label!r}); give (tensor or array, integer label)"
+        ) from None
+
+
+def _inputs(values: Sequence[torch.Tensor], name: str, first: int = 0) -> torch.Tensor:
+    for i, value in enumerate(values):
+        if value.shape != values[0].shape:
+            raise LeadlineError(
+                f"{name}: input {first + i} has shape {tuple(value.shape)}, input {first} {tuple(values[0].shape)}; "
+                "transform them to one shape"
+            )
+    stacked = torch.stack(list(values))
+    return stacked if stacked.is_floating_point() else stacked.float()

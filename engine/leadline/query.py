@@ -1,0 +1,100 @@
+"""SQL over a run, and its tables as Arrow data sets."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from leadline.errors import LeadlineError
+from leadline.store import TABLES, RunDirectory
+
+
+class Run:
+    """A run that is on disk. Tables are opened when they are asked for, and never changed."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.manifest: dict[str, Any] = directory.read_manifest()
+
+    def __repr__(self) -> str:
+        return f"<Run {self.manifest.get('name')} {self.manifest.get('status')} at {self.directory.root}>"
+
+    @cached_property
+    def points(self) -> ds.Dataset:
+        return self._dataset("points")
+
+    @cached_property
+    def members(self) -> ds.Dataset:
+        return self._dataset("members")
+
+    @cached_property
+    def probes(self) -> ds.Dataset:
+        return self._dataset("probes")
+
+    @cached_property
+    def ensemble(self) -> ds.Dataset:
+        return self._dataset("ensemble")
+
+    @cached_property
+    def depths(self) -> ds.Dataset:
+        """With a column `member`, which is the name of the file's folder."""
+        return self._dataset("depths")
+
+    @cached_property
+    def votes(self) -> ds.Dataset:
+        """With a column `member`, which is the name of the file's folder."""
+        return self._dataset("votes")
+
+    def sql(self, query: str) -> pa.Table:
+        """The answer to one SELECT over the tables, by their names (DuckDB's SQL). Nothing else can be read or written.
+
+        Raises LeadlineError for anything but one SELECT, for SQL that DuckDB refuses, and for damaged tables.
+        """
+        with duckdb.connect() as connection:
+            try:
+                statements = connection.extract_statements(query)
+            except duckdb.Error as error:
+                raise LeadlineError(f"query: {_one_line(error)}") from None
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise LeadlineError("query: runs are read-only; give one SELECT statement")
+            for name in TABLES:
+                if self.directory.table(name).exists():
+                    files = _quoted(self.directory.files(name))
+                    connection.execute(
+                        f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
+                        "hive_types_autocast = false)"
+                    )
+            connection.execute(f"SET allowed_directories = [{_quoted(str(self.directory.root) + '/')}]")
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+            try:
+                return connection.sql(query).to_arrow_table()
+            except duckdb.Error as error:
+                raise LeadlineError(f"query: {_one_line(error)}") from None
+
+    def _dataset(self, name: str) -> ds.Dataset:
+        if not self.directory.table(name).exists():
+            raise LeadlineError(
+                f"{self.directory.root}: has no table {name} yet, the run is {self.manifest.get('status')}; "
+                "finish it with the command that began it"
+            )
+        member = pa.schema([("member", pa.string())])
+        return ds.dataset(
+            self.directory.table(name), format="parquet", partitioning=ds.partitioning(member, flavor="hive")
+        )
+
+
+def open_run(uri: str | Path) -> Run:
+    """A run on disk, to be read. Raises LeadlineError where there is none."""
+    return Run(RunDirectory(Path(uri).absolute()))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

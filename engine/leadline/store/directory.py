@@ -1,0 +1,122 @@
+"""A run's directory: the one place that knows where things lie.
+
+run.json                       what was asked, what it was made of, whether it is complete
+points.parquet members.parquet probes.parquet ensemble.parquet
+depths/member=M/part-0.parquet votes/member=M/part-0.parquet
+weights/M.safetensors          of every member, trained here or given
+units/train/M.json             records of finished units; a unit without its record is done again
+units/vote/M/PPP-BBBBB.npy     votes of one probe and query block, until the member is reduced
+units/reduce/M.json
+scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from leadline.errors import LeadlineError
+from leadline.store.files import PART, read_json, write_json
+
+BY_MEMBER = ("depths", "votes")
+TABLES = ("points", "members", "probes", "ensemble", *BY_MEMBER)
+
+
+class RunDirectory:
+    """Paths and records of one run; holds no open files, so that it can be sent to an actor."""
+
+    def __init__(self, root: Path, scratch: Path | None = None) -> None:
+        self.root = root
+        self.scratch = scratch or root / "scratch"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.root / "run.json"
+
+    def table(self, name: str) -> Path:
+        """The file of a table, or the folder of one that has a file for each member."""
+        return self.root / (name if name in BY_MEMBER else f"{name}.parquet")
+
+    def member_table(self, name: str, member: str) -> Path:
+        """The file of depths or votes of one member."""
+        return self.table(name) / f"member={member}" / "part-0.parquet"
+
+    def files(self, name: str) -> str:
+        """A table's files, as a glob."""
+        return str(self.table(name) / "*" / "*.parquet" if name in BY_MEMBER else self.table(name))
+
+    def weights(self, member: str) -> Path:
+        return self.root / "weights" / f"{member}.safetensors"
+
+    def record(self, stage: str, name: str) -> Path:
+        """Of a finished unit of training or reduction."""
+        return self.root / "units" / stage / f"{name}.json"
+
+    def votes_part(self, member: str, probe: int, block: int) -> Path:
+        return self.root / "units" / "vote" / member / f"{probe:03d}-{block:05d}.npy"
+
+    def votes_cost(self, member: str, probe: int, block: int) -> Path:
+        """Record of a finished unit of voting: written after its votes."""
+        return self.votes_part(member, probe, block).with_suffix(".json")
+
+    def embedding(self, member: str, probe: int, shard: int) -> Path:
+        """One shard of one probe; the input is the same for every member and kept once."""
+        owner = "input" if probe == 0 else member
+        return self.scratch / owner / f"{probe:03d}-{shard:05d}.npy"
+
+    def outputs(self, member: str, shard: int) -> Path:
+        """What the logits of one shard say; written last, so it is the record of the embedding unit."""
+        return self.scratch / member / f"outputs-{shard:05d}.npy"
+
+    def free_votes(self, member: str) -> None:
+        """Remove the units of voting of a member that is reduced."""
+        shutil.rmtree(self.root / "units" / "vote" / member, ignore_errors=True)
+
+    def free_scratch(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Raises LeadlineError where the directory holds no run."""
+        if not self.manifest_path.is_file():
+            raise LeadlineError(f"{self.root}: no run here (run.json is missing); give the directory of a run")
+        return read_json(self.manifest_path)
+
+    def begin(self, manifest: dict[str, Any]) -> bool:
+        """Write the manifest of a new run, or hold it against the one that is there; True when that one is complete.
+
+        `configuration`, `data` and `weights` must be as they were: raises LeadlineError with the differences.
+        """
+        if not self.manifest_path.is_file():
+            if self.root.is_dir() and any(not path.name.endswith(PART) for path in self.root.iterdir()):
+                raise LeadlineError(f"{self.root}: not empty and no run; give --out a new directory or that of a run")
+            write_json(self.manifest_path, {**manifest, "status": "running"})
+            return False
+        before = self.read_manifest()
+        changes = [
+            change
+            for key in ("configuration", "data", "weights")
+            for change in _differences(key, before.get(key), manifest[key])
+        ]
+        if changes:
+            raise LeadlineError(
+                f"{self.root}: holds another run: {'; '.join(changes)}; give --out a new directory, or undo the change"
+            )
+        return before.get("status") == "complete"
+
+    def complete(self, files: dict[str, str], stages: dict[str, Any]) -> None:
+        """Record the digests of the finished tables (paths relative to the run) and what the stages took."""
+        write_json(self.manifest_path, {**self.read_manifest(), "status": "complete", "files": files, "stages": stages})
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """The leaves at which two JSON values differ, as text."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for name in sorted(before.keys() | now.keys())
+            for line in _differences(f"{key}.{name}", before.get(name), now.get(name))
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            line for i, pair in enumerate(zip(before, now, strict=True)) for line in _differences(f"{key}.{i}", *pair)
+        ]
+    return [] if before == now else [f"{key} was {before!r}, is now {now!r}"]

@@ -1,0 +1,111 @@
+"""The tables of a run. A column's name is a promise: add, do not rename."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+import pyarrow as pa
+
+from leadline.knn import Votes
+
+VOTE_FIELDS = tuple(field.name for field in fields(Votes))
+OUTPUT_FIELDS = ("prediction", "confidence", "margin", "entropy")
+
+POINTS = pa.schema(
+    [
+        ("point_id", pa.int64()),
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("label_name", pa.string()),
+        ("part", pa.string()),
+        ("clean_label", pa.int32()),  # null in a run without corruption
+    ]
+)
+
+MEMBERS = pa.schema(
+    [
+        ("member", pa.string()),
+        ("architecture", pa.string()),
+        ("seed", pa.int64()),
+        ("weights_fingerprint", pa.string()),
+        ("n_train", pa.int64()),
+        ("n_held_out", pa.int64()),
+        ("train_accuracy", pa.float64()),
+        ("held_out_accuracy", pa.float64()),  # null where nothing is held out
+        ("n_probes", pa.int16()),
+        ("training_steps", pa.int64()),  # null where the weights were given
+        ("training_precision", pa.string()),
+    ]
+)
+
+PROBES = pa.schema(
+    [
+        ("member", pa.string()),
+        ("architecture", pa.string()),
+        ("probe", pa.int16()),
+        ("name", pa.string()),
+        ("width", pa.int64()),
+        ("stored_width", pa.int64()),
+        ("reduction", pa.string()),
+        ("method", pa.string()),
+        ("k", pa.int32()),
+        ("train_accuracy", pa.float64()),
+        ("held_out_accuracy", pa.float64()),
+        ("pairs", pa.int64()),
+        ("certified", pa.int64()),
+        ("reranked", pa.int64()),
+        ("fell_through", pa.int64()),
+    ]
+)
+
+DEPTHS = pa.schema(
+    [
+        ("point_id", pa.int64()),
+        ("label", pa.int32()),
+        ("in_training", pa.bool_()),
+        ("prediction", pa.int32()),
+        ("confidence", pa.float32()),
+        ("margin", pa.float32()),
+        ("entropy", pa.float32()),
+        ("depth", pa.int16()),
+        ("unsettled", pa.bool_()),
+    ]
+)
+
+ENSEMBLE = pa.schema(
+    [
+        ("architecture", pa.string()),
+        ("point_id", pa.int64()),
+        ("label", pa.int32()),
+        ("n_training", pa.int32()),
+        ("n_held_out", pa.int32()),
+        ("mean_depth_training", pa.float64()),
+        ("std_depth_training", pa.float64()),
+        ("mean_depth_held_out", pa.float64()),
+        ("std_depth_held_out", pa.float64()),
+        ("n_unsettled_training", pa.int32()),
+        ("n_unsettled_held_out", pa.int32()),
+        ("consensus_class", pa.int32()),
+        ("consensus_consistency", pa.float64()),
+        ("held_out_accuracy", pa.float64()),
+        ("mean_confidence_held_out", pa.float64()),
+        ("mean_margin_held_out", pa.float64()),
+        ("mean_entropy_held_out", pa.float64()),
+    ]
+)
+
+
+def votes_schema(n_probes: int) -> pa.Schema:
+    """One row a point; the votes of a member's P probes side by side."""
+    lists = pa.list_(pa.int32(), n_probes)
+    return pa.schema([("point_id", pa.int64()), *((field, lists) for field in VOTE_FIELDS)])
+
+
+def vote_columns(votes: Sequence[Votes]) -> dict[str, pa.Array]:
+    """Votes of each of P probes as fixed-size lists over probes: one array [Q] of P int32 for each field."""
+    return {
+        field: pa.FixedSizeListArray.from_arrays(
+            pa.array(np.stack([getattr(vote, field) for vote in votes], axis=1).ravel(), pa.int32()), len(votes)
+        )
+        for field in VOTE_FIELDS
+    }

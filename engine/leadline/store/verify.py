@@ -1,0 +1,170 @@
+"""Is a run what it says it is? Files against their digests, tables against each other, depths against votes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leadline.depth import depth_from_votes, is_unsettled
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.store.directory import RunDirectory
+from leadline.store.files import digest
+from leadline.store.schemas import DEPTHS, ENSEMBLE, MEMBERS, POINTS, PROBES, VOTE_FIELDS, votes_schema
+from leadline.store.tables import open_table, read_table
+
+
+def verify(directory: RunDirectory) -> list[str]:
+    """Every fault that is found in a run, a line each; none in a sound run.
+
+    Held against one another: files and the digests of the manifest; schemas; rows and ids; depths and the votes that
+    they are made from; counts and accuracies of members, probes and the ensemble and the depths that they sum up.
+    Raises LeadlineError where there is no run.
+    """
+    manifest = directory.read_manifest()
+    if manifest.get("status") != "complete":
+        return [f"{directory.manifest_path}: the run is {manifest.get('status')}; finish it with the same command"]
+    faults = list(_file_faults(directory, manifest["files"]))
+    if faults:
+        return faults  # what is in a damaged table says nothing
+    try:
+        return list(_table_faults(directory, manifest))
+    except LeadlineError as error:
+        return [str(error)]
+
+
+def _file_faults(directory: RunDirectory, digests: dict[str, str]) -> Iterator[str]:
+    there = {str(path.relative_to(directory.root)) for path in directory.root.rglob("*.parquet")}
+    for name in sorted(there - digests.keys()):
+        yield f"{directory.root / name}: not a file of this run; remove it"
+    for name, expected in sorted(digests.items()):
+        path = directory.root / name
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif digest(path) != expected:
+            yield f"{path}: damaged or changed (its SHA-256 is not the manifest's)"
+
+
+def _table_faults(directory: RunDirectory, manifest: dict[str, Any]) -> Iterator[str]:
+    members = read_table(directory.table("members")).to_pylist()
+    probes = read_table(directory.table("probes")).to_pylist()
+    named = [("points", POINTS), ("members", MEMBERS), ("probes", PROBES), ("ensemble", ENSEMBLE)]
+    paths = [(directory.table(name), schema) for name, schema in named]
+    for member in members:
+        paths.append((directory.member_table("depths", member["member"]), DEPTHS))
+        paths.append((directory.member_table("votes", member["member"]), votes_schema(member["n_probes"])))
+    wrong = [fault for path, schema in paths for fault in _schema_faults(path, schema, manifest)]
+    if wrong:
+        yield from wrong
+        return
+    points = read_table(directory.table("points"))
+    n_points = manifest["data"]["points"]
+    labels = points["label"].to_numpy()
+    yield from _id_faults(directory.table("points"), points, n_points)
+    sums: dict[str, _Sums] = {}
+    for member in members:
+        own = [probe for probe in probes if probe["member"] == member["member"]]
+        total = sums.setdefault(member["architecture"], _Sums(n_points))
+        yield from _member_faults(directory, member, own, labels, manifest["configuration"]["k"], total)
+    ensemble = read_table(directory.table("ensemble"))
+    for architecture, total in sums.items():
+        part = ensemble.filter(pa.compute.equal(ensemble["architecture"], architecture))
+        yield from _id_faults(directory.table("ensemble"), part, n_points)
+        if len(part) == n_points:
+            yield from total.faults(directory.table("ensemble"), architecture, part)
+
+
+def _schema_faults(path: Path, schema: pa.Schema, manifest: dict[str, Any]) -> Iterator[str]:
+    with open_table(path) as file:
+        found: pq.FileMetaData = file.schema_arrow
+    if not found.equals(schema):
+        differing = sorted({field.name for field in set(found) ^ set(schema)})
+        yield f"{path}: columns {', '.join(differing)} are not as they should be"
+    stamps = found.metadata or {}
+    for stamp, expected in (("configuration", manifest["fingerprint"]), ("data", manifest["data"]["fingerprint"])):
+        if stamps.get(f"leadline.{stamp}".encode(), b"").decode() != expected:
+            yield f"{path}: made from another {stamp} than the manifest's"
+
+
+def _id_faults(path: Path, table: pa.Table, n_points: int) -> Iterator[str]:
+    if not np.array_equal(table["point_id"].to_numpy(), np.arange(n_points)):
+        yield f"{path}: its ids are not 0 to {n_points - 1}, each once and in order"
+
+
+def _member_faults(
+    directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]], labels: Array, k: int, total: "_Sums"
+) -> Iterator[str]:
+    path, votes_path = (directory.member_table(name, member["member"]) for name in ("depths", "votes"))
+    depths, votes = read_table(path), read_table(votes_path)
+    faults = [*_id_faults(path, depths, len(labels)), *_id_faults(votes_path, votes, len(labels))]
+    if faults:
+        yield from faults
+        return
+    n_probes = member["n_probes"]
+    columns = {field: _matrix(votes[field], n_probes) for field in VOTE_FIELDS}
+    yield from _vote_faults(votes_path, columns, k)
+    prediction, depth = depths["prediction"].to_numpy(), depths["depth"].to_numpy()
+    inside = depths["in_training"].to_numpy()
+    expected = depth_from_votes(columns["winner"], prediction)
+    if (depth != expected).any():
+        first = int((depth != expected).argmax())
+        yield f"{path}: depth of point {first} is {depth[first]}, its votes make it {expected[first]}"
+    if (depths["unsettled"].to_numpy() != is_unsettled(expected, n_probes)).any():
+        yield f"{path}: column unsettled disagrees with the votes"
+    if not np.array_equal(depths["label"].to_numpy(), labels):
+        yield f"{path}: its labels are not those of points.parquet"
+    if [probe["probe"] for probe in probes] != list(range(n_probes)):
+        yield f"{directory.table('probes')}: member {member['member']} does not have the probes 0 to {n_probes - 1}"
+        return
+    if np.count_nonzero(inside) != member["n_train"]:
+        yield f"{path}: {np.count_nonzero(inside)} points in training, members.parquet says {member['n_train']}"
+    told = [(member, prediction == labels), *zip(probes, (columns["winner"] == labels[:, None]).T, strict=True)]
+    for row, right in told:
+        for column, where in (("train_accuracy", inside), ("held_out_accuracy", ~inside)):
+            share = right[where].mean() if where.any() else None
+            if row[column] != share:
+                place = f"probe {row['probe']} of {row['member']}" if "probe" in row else row["member"]
+                yield f"{path}: {column} of {place} is {share} by this table, the run says {row[column]}"
+    total.add(depth, inside)
+
+
+def _matrix(lists: pa.ChunkedArray, n_probes: int) -> Array:
+    return np.asarray(lists.combine_chunks().values.to_numpy()).reshape(-1, n_probes)
+
+
+def _vote_faults(path: Path, votes: dict[str, Array], k: int) -> Iterator[str]:
+    most, second = votes["winner_votes"], votes["runner_up_votes"]
+    impossible = (
+        (most < 1)
+        | (second < 0)
+        | (second > most)
+        | (most + second > k)
+        | ((votes["runner_up"] == -1) != (second == 0))
+    ).any(axis=1)
+    if impossible.any():
+        yield f"{path}: the votes of point {int(impossible.argmax())} cannot be counts of {k} neighbours"
+
+
+class _Sums:
+    """Members and depths of each point, summed over the members of an architecture."""
+
+    def __init__(self, n_points: int) -> None:
+        self.count = np.zeros((2, n_points))
+        self.depth = np.zeros((2, n_points))
+
+    def add(self, depth: Array, inside: Array) -> None:
+        for side, where in enumerate((inside, ~inside)):
+            self.count[side] += where
+            self.depth[side] += depth * where
+
+    def faults(self, path: Path, architecture: str, table: pa.Table) -> Iterator[str]:
+        for side, name in enumerate(("training", "held_out")):
+            with np.errstate(invalid="ignore"):
+                means = self.depth[side] / self.count[side]
+            for column, expected in ((f"n_{name}", self.count[side]), (f"mean_depth_{name}", means)):
+                found = table[column].to_numpy().astype(np.float64)
+                if not np.array_equal(found, expected, equal_nan=True):
+                    yield f"{path}: {column} of {architecture} disagrees with the depths of its members"
