@@ -129,7 +129,8 @@ def probes(
     import torch
 
     from leadline.config import apply_override
-    from leadline.members import build, place_probes
+    from leadline.members.architectures import build
+    from leadline.members.probes import place_probes
     from leadline.report.summary import as_table
 
     sizes = shape.split("x")

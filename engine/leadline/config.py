@@ -7,6 +7,7 @@ refused, so that a misspelt key is never a silent default.
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -169,6 +170,11 @@ class MemberConfig(Section):
         """The architecture's name in the tables."""
         return self.name or self.architecture.replace(":", ".")
 
+    @property
+    def placement(self) -> str | list[str] | None:
+        """Its probes as `place_probes` takes them."""
+        return list(self.probes) if isinstance(self.probes, tuple) else self.probes
+
 
 class Engine(Section):
     """How the work is cut and who does it. `workers` changes nothing but the time, so it may change between resumes."""
@@ -226,13 +232,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: tuple[str, ..
 
     Raises LeadlineError that names the key, what was given and what is allowed.
     """
-    tree, where = (dict(source), "configuration") if isinstance(source, Mapping) else _read(str(source))
+    tree, where = (deepcopy(dict(source)), "configuration") if isinstance(source, Mapping) else _read(str(source))
     for override in overrides:
         apply_override(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise LeadlineError(f"{where}: {_explain(error)}") from None
+        raise LeadlineError(f"{where}: {_explain(error, tree)}") from None
 
 
 def _presets() -> Any:
@@ -293,11 +299,11 @@ def _child(node: Any, name: str, key: str) -> Any:
     raise LeadlineError(f"--set {key}: {name} cannot be set inside {node!r}")
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     """Every mistake in one line: key, what is allowed, what was given."""
     lines = []
     for mistake in error.errors(include_url=False):
-        key = ".".join(str(part) for part in mistake["loc"]) or "configuration"
+        key = _key(mistake["loc"], tree) or "configuration"
         kind = mistake["type"]
         if kind == "extra_forbidden":
             lines.append(f"{key}: no such key (given {mistake['input']!r})")
@@ -307,3 +313,17 @@ def _explain(error: ValidationError) -> str:
             given = "" if isinstance(mistake["input"], (dict, list)) else f" (given {mistake['input']!r})"
             lines.append(f"{key}: {mistake['msg'].removeprefix('Value error, ')}{given}")
     return "; ".join(lines)
+
+
+def _key(place: tuple[int | str, ...], node: Any) -> str:
+    """The dotted key of a mistake, without the tags that pydantic puts in where a section has several forms."""
+    parts = []
+    for part in place:
+        if isinstance(node, dict) and part not in node and part in (node.get("source"), node.get("kind")):
+            continue
+        if isinstance(part, str) and not isinstance(node, dict):
+            break  # a form of a value, such as literal[...], is no key
+        parts.append(str(part))
+        inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        node = node[part] if inside else node.get(part) if isinstance(node, dict) else None
+    return ".".join(parts)

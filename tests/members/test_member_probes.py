@@ -167,7 +167,7 @@ def test_paper_is_the_default_where_there_is_one(resnet):
     mlp = build("mlp", {"width": 4, "depth": 3}, (6,), 3, 0)
     assert placed(mlp, None, (6,)) == placed(mlp, "paper", (6,))
     assert placed(resnet, None) == placed(resnet, "auto")
-    with pytest.raises(LeadlineError, match="ResNet.*mlp, resnet18 and vgg16.*auto"):
+    with pytest.raises(LeadlineError, match=r"ResNet.*mlp, resnet18 and vgg16.*auto"):
         placed(resnet, "paper")
 
 

@@ -113,5 +113,5 @@ def test_truncated_and_packed_files(tmp_path):
 
 @pytest.mark.parametrize("path", ["{sead}.npy", "{0}.npy", "{seed", "{seed.x}.npy", "{seed!z}"])
 def test_braces_that_cannot_be_filled_in(path):
-    with pytest.raises(LeadlineError, match="only {seed}"):
+    with pytest.raises(LeadlineError, match=r"only \{seed\}"):
         training_ids(FileSplit(kind="file", path=path), PARTS, 0)

@@ -13,8 +13,8 @@ from leadline.members.architectures import build
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 
 
-def network(seed=0, **parameters):
-    return build("resnet18", {"width": 4, "norm": "batch", **parameters}, (1, 8, 8), 3, seed)
+def network(seed=0):
+    return build("resnet18", {"width": 4, "norm": "batch", "depth": [1, 1, 1, 1]}, (1, 8, 8), 3, seed)
 
 
 def assert_same(model, other):
@@ -133,7 +133,8 @@ def test_a_malicious_file_is_not_executed(tmp_path, monkeypatch, name):
         load_weights(network(), tmp_path / name)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "harm").exists()
-    torch.load(tmp_path / name, weights_only=False)  # the file does what it was made for
+    with (tmp_path / name).open("rb") as file:
+        torch.load(file, weights_only=False)  # the file does what it was made for
     assert (tmp_path / "harm").exists()
 
 
@@ -161,7 +162,8 @@ def test_weights_of_another_architecture(source, tmp_path, change, words, suffix
 
 def test_only_the_first_keys_are_named(source, tmp_path):
     torch.save({"other": torch.ones(1)}, tmp_path / "member.pt")
-    with pytest.raises(LeadlineError, match=rf"and {len(source.state_dict()) - 3} more; not of it: other;") as caught:
+    missing = sum("num_batches" not in key for key in source.state_dict()) - 3  # torch makes up for those counts
+    with pytest.raises(LeadlineError, match=rf"and {missing} more; not of it: other;") as caught:
         load_weights(source, tmp_path / "member.pt")
     assert len(str(caught.value)) < 500
 

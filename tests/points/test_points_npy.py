@@ -6,6 +6,7 @@ from PIL import Image
 
 from leadline.config import NpyPoints
 from leadline.points import TEST, TRAIN, open_points
+from leadline.points.arrays import ArrayInputs
 from leadline.points.dataset import Points
 
 RANDOM = np.random.default_rng(5)
@@ -34,6 +35,7 @@ def test_float_images_are_taken_as_they_are(tmp_path: Path) -> None:
     inputs = RANDOM.standard_normal((4, 3, 5, 6)).astype(np.float32)
     points = _open(tmp_path, inputs=inputs, labels=np.zeros(4, dtype=np.uint16))
     assert points.input_shape == (3, 5, 6)
+    assert points.read(np.array([], dtype=np.int64)).shape == (0, 3, 5, 6)
     np.testing.assert_array_equal(points.read(np.array([2, 0])), inputs[[2, 0]])
 
 
@@ -71,6 +73,8 @@ def test_the_training_part_comes_first_and_keys_hold_rows(tmp_path: Path) -> Non
     assert points.parts.tolist() == [TRAIN] * 3 + [TEST] * 2
     assert points.labels.tolist() == [3, 1, 0, 4, 2]
     np.testing.assert_array_equal(points.read(np.arange(5)), inputs[[1, 3, 4, 0, 2]])
+    _, *content = ArrayInputs("x", inputs, full_scale=None, rows=np.array([1, 3, 4, 0, 2])).content()
+    assert b"".join(content) == inputs[[1, 3, 4, 0, 2]].tobytes()
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from rich.console import Console
 
 from leadline.cluster.pool import Pool, connected
@@ -23,7 +24,9 @@ from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
-from leadline.members import training_ids
+from leadline.members.architectures import build
+from leadline.members.probes import place_probes
+from leadline.members.splits import training_ids
 from leadline.points import TRAIN, Points, open_points
 from leadline.query import Run, open_run
 from leadline.store import RunDirectory
@@ -53,6 +56,7 @@ def run(
     members = list_members(config)
     for member in members:
         _check_bank(config, points, member)
+    _check_members(config, points)
     directory = RunDirectory(Path(out or Path("runs") / config.name).absolute())
     manifest = _manifest(config, points, members)
     if directory.begin(manifest):
@@ -80,6 +84,14 @@ def _check_bank(config: RunConfig, points: Points, member: Member) -> None:
             f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
             f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
         )
+
+
+def _check_members(config: RunConfig, points: Points) -> None:
+    """Build a network of each entry and place its probes, so that mistakes are told before any work is paid for."""
+    example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
+    for entry in config.members:
+        model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
+        place_probes(model, entry.placement, example)
 
 
 def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Actors that do units: started, fed, replaced when they die."""
 
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from leadline.cluster.units import Bench
 from leadline.config import Engine
 from leadline.errors import LeadlineError
 
+SECONDS_TO_ANSWER = 10
 TRIES = 3  # of a unit whose actor died under it
 OBJECT_STORE = 80 << 20  # bytes: nothing but small records passes through it; Ray wants 75 MiB at least
 
@@ -28,11 +30,11 @@ def connected(engine: Engine, address: str | None) -> Iterator[bool]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, RuntimeError, ValueError) as error:
             raise LeadlineError(
-                f"--address {address}: no Ray cluster answers there ({reason}); start one or drop it"
+                f"--address {address}: no Ray cluster answers there ({_first_line(error)}); start one or drop it"
             ) from None
     else:
         wanted = (engine.workers or 1) * engine.threads
@@ -44,6 +46,13 @@ def connected(engine: Engine, address: str | None) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 class Pool:

@@ -42,7 +42,7 @@ class Stages:
 
     def say(self, text: str) -> None:
         """A line above the bars, or in the log."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def plan(self, name: str, measure: str, units: int, done: int) -> None:
         """Announce a stage, of which `done` units are there from an earlier try."""
@@ -63,6 +63,7 @@ class Stages:
     def start(self, name: str) -> None:
         """A stage's time runs from here until `stop`, and again from the next start."""
         self._stages[name].started = time.perf_counter()
+        self._stages[name].said = time.monotonic()
 
     def stop(self, name: str) -> None:
         stage = self._stages[name]
@@ -89,7 +90,7 @@ class _Stage:
         self.work = 0
         self.seconds = 0.0
         self.started: float | None = None
-        self._said = 0.0
+        self.said = time.monotonic()
 
     def elapsed(self) -> float:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
@@ -101,9 +102,9 @@ class _Stage:
 
     def is_due(self) -> bool:
         now = time.monotonic()
-        if self.done < self.units and now - self._said < SECONDS_BETWEEN_LINES:
+        if self.done < self.units and now - self.said < SECONDS_BETWEEN_LINES:
             return False
-        self._said = now
+        self.said = now
         return True
 
     def rate_text(self) -> str:

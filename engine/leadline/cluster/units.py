@@ -20,17 +20,11 @@ from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
 from leadline.knn import Votes, count_votes, search
 from leadline.knn.arrays import Array
-from leadline.members import (
-    Probe,
-    build,
-    load_weights,
-    place_probes,
-    resolve_precision,
-    save_weights,
-    train,
-    training_ids,
-    weights_fingerprint,
-)
+from leadline.members.architectures import build
+from leadline.members.probes import Probe, place_probes
+from leadline.members.splits import training_ids
+from leadline.members.train import resolve_precision, train
+from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.points import open_points
 from leadline.store import RunDirectory
 from leadline.store.files import read_json, replacing, write_json
@@ -100,7 +94,7 @@ class Bench:
             train(model, self.points, ids, recipe, member.seed, self.device)
         model.float().to(self.device)
         example = torch.from_numpy(self.points.read(np.zeros(1, np.int64))).to(self.device)
-        probes = place_probes(model, _placement(member.config), example)
+        probes = place_probes(model, member.config.placement, example)
         with replacing(directory.weights(member.name)) as beside:
             save_weights(model, beside)
         write_json(
@@ -292,10 +286,6 @@ class _Tally:
 def _votes_table(votes: list[ShardedRows], first: int, stop: int) -> pa.Table:
     columns = vote_columns([Votes(*probe[first:stop].T) for probe in votes])
     return pa.table({"point_id": np.arange(first, stop), **columns})
-
-
-def _placement(entry: MemberConfig) -> Any:
-    return list(entry.probes) if isinstance(entry.probes, tuple) else entry.probes
 
 
 def _save(path: Path, array: Array) -> None:

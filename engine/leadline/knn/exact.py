@@ -133,7 +133,7 @@ def _survey(bank: Rows, queries: Array) -> _Frame:
     return _Frame(
         centre,
         float(scale),
-        slack_rows=2 * gamma + 6 * ROUNDING + exact,
+        slack_rows=2 * gamma + 8 * ROUNDING + exact,
         slack_queries=gamma + 5 * ROUNDING + exact,
     )
 

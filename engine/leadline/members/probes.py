@@ -104,7 +104,7 @@ def read_probes(model: nn.Module, probes: Sequence[Probe], inputs: Tensor) -> tu
 
 
 def _forward(model: nn.Module, names: Iterable[str], inputs: Tensor) -> tuple[list[tuple[str, Tensor | None]], Any]:
-    """The outputs of the named modules, as (name, float32 copy or None) in the order of the calls; the model's output."""
+    """The named modules' outputs, (name, float32 copy or None) in the order of the calls; and the model's output."""
     records: list[tuple[str, Tensor | None]] = []
 
     def hook(name: str) -> Any:

@@ -36,10 +36,11 @@ def training_ids(split: "SplitConfig", parts: NDArray[np.uint8], seed: int) -> N
 def _ids_from_file(split: "FileSplit", n_points: int, seed: int) -> NDArray[np.int64]:
     path = _formatted(split.path, seed)
     try:
-        ids = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            ids = np.load(file, allow_pickle=False)
     except OSError as error:
         raise LeadlineError(f"split {path}: {error.strerror or 'damaged'}; give an integer .npy file") from error
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many kinds for a damaged file
         raise LeadlineError(f"split {path}: not a .npy file of numbers; write one with numpy.save") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "several arrays"

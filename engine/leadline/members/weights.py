@@ -79,12 +79,13 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Any:
     try:
+        path.open("rb").close()  # says what is wrong with a path in one way, whichever library reads it
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LeadlineError(
-            f"weights {path}: {error.strerror or one_line(error)}; give a .safetensors or state-dict file"
+            f"weights {path}: {error.strerror or 'damaged'}; give a .safetensors or state-dict file"
         ) from error
     except SafetensorError as error:
         raise LeadlineError(f"weights {path}: damaged ({one_line(error)}); give a whole safetensors file") from error

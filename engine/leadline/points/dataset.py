@@ -149,7 +149,7 @@ class Points:
             inputs /= np.asarray(self._config.std, dtype=np.float32)[:, None, None]
 
     def _refuse_non_finite(self, inputs: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
-        finite = np.isfinite(inputs).reshape(len(ids), -1).all(axis=1)
+        finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
         if not finite.all():
             point_id = int(ids[np.flatnonzero(~finite)[0]])
             raise LeadlineError(

@@ -1,0 +1,127 @@
+"""Depths of one model, by the whole definition written out slowly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import leadline
+from leadline import LeadlineError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data, labels = load_digits(return_X_y=True)
+    inputs = torch.tensor(data / 16, dtype=torch.float32)
+    targets = torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[:1200]), targets[:1200]).backward()
+        optimizer.step()
+    return model, TensorDataset(inputs[:1200], targets[:1200]), TensorDataset(inputs[1200:], targets[1200:])
+
+
+def slow_depths(model, bank, queries, k, leave_out):
+    """Embeddings layer by layer, votes by sorting, depth by its definition."""
+
+    def embeddings(inputs):
+        hidden = [inputs, model[0](inputs)]
+        hidden.append(model[2](model[1](hidden[-1])))
+        logits = model[4](model[3](hidden[-1]))
+        return [*hidden, logits.softmax(dim=1)], logits.argmax(dim=1)
+
+    with torch.no_grad():
+        rows, _ = embeddings(bank.tensors[0])
+        asked, predictions = embeddings(queries.tensors[0])
+    labels, depths = bank.tensors[1].numpy(), []
+    for i in range(len(queries)):
+        depth = 0
+        for probe, (points, query) in enumerate(zip(rows, asked, strict=True)):
+            distances = ((points.double() - query[i].double()) ** 2).sum(dim=1).numpy()
+            if leave_out:
+                distances[i] = np.inf
+            nearest = np.lexsort((np.arange(len(labels)), distances))[:k]
+            if np.bincount(labels[nearest]).argmax() != predictions[i]:
+                depth = probe + 1
+        depths.append(depth)
+    return depths
+
+
+def test_depths_of_held_out_points(digits):
+    model, bank, queries = digits
+    table = leadline.prediction_depth(model, bank, queries, k=30, batch_size=len(bank))
+    assert table.schema.metadata[b"probes"].decode().split("\n") == ["input", "0", "2", "softmax"]
+    assert table["depth"].to_pylist() == slow_depths(model, bank, queries, 30, leave_out=False)
+    assert table["label"].to_pylist() == queries.tensors[1].tolist()
+    assert not any(table["in_training"].to_pylist())
+    assert len(table["winner"][0]) == 4
+
+
+def test_depths_of_the_bank_leave_each_point_out(digits):
+    model, bank, _ = digits
+    # Every point twice would vote for itself, were it not left out by its place.
+    small = TensorDataset(bank.tensors[0][:300], bank.tensors[1][:300])
+    table = leadline.prediction_depth(model, small, k=5, batch_size=300)
+    assert table["depth"].to_pylist() == slow_depths(model, small, small, 5, leave_out=True)
+    assert all(table["in_training"].to_pylist())
+
+
+def test_the_model_is_left_as_it_was(digits):
+    model, bank, queries = digits
+    with_dropout = nn.Sequential(model, nn.Dropout(0.5)).train()
+    first = leadline.prediction_depth(with_dropout, bank, queries)
+    assert with_dropout.training
+    assert first.equals(leadline.prediction_depth(with_dropout.eval(), bank, queries))
+
+
+class Items:
+    """A data set of a list."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, place):
+        return self.items[place]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([], "bank: the data set is empty"),
+        ([torch.zeros(64)] * 40, "item 0 is Tensor"),
+        ([(torch.zeros(64), "cat")] * 40, "item 0.*'cat'"),
+        ([(torch.zeros(64), 1)] * 35 + [(torch.zeros(3), 1)], "input 35 has shape"),
+        ([(torch.zeros(64), -2)] * 40, "label -2"),
+        ([(torch.full((64,), torch.nan), 1)] * 40, "not finite at point 0"),
+        ([(torch.zeros(64), 1)] * 30, "too few for k=30"),
+    ],
+)
+def test_bad_data_sets_are_named(digits, items, words):
+    with pytest.raises(LeadlineError, match=words):
+        leadline.prediction_depth(digits[0], Items(items))
+
+
+def test_importing_and_calling_needs_no_ray_duckdb_or_pydantic():
+    program = """
+import sys
+for name in ("ray", "duckdb", "pydantic", "faiss", "typer", "yaml", "rich"):
+    sys.modules[name] = None
+import leadline, torch
+from torch.utils.data import TensorDataset
+points = TensorDataset(torch.randn(40, 8), torch.arange(40) % 2)
+table = leadline.prediction_depth(torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), points)
+print(table.num_rows)
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "40"
