@@ -120,7 +120,8 @@ for name in ("ray", "duckdb", "pydantic", "faiss", "typer", "yaml", "rich"):
 import leadline, torch
 from torch.utils.data import TensorDataset
 points = TensorDataset(torch.randn(40, 8), torch.arange(40) % 2)
-table = leadline.prediction_depth(torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), points)
+model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+table = leadline.prediction_depth(model, points)
 print(table.num_rows)
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -6,3 +6,9 @@ class LeadlineError(Exception):
 
     The command line prints the line and exits with code 2; anything else that is raised is a defect of Leadline.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says: its type and message, without line breaks."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

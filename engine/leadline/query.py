@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.store import TABLES, RunDirectory
 
 
@@ -57,7 +57,7 @@ class Run:
             try:
                 statements = connection.extract_statements(query)
             except duckdb.Error as error:
-                raise LeadlineError(f"query: {_one_line(error)}") from None
+                raise LeadlineError(f"query: {one_line(error)}") from None
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise LeadlineError("query: runs are read-only; give one SELECT statement")
             for name in TABLES:
@@ -73,7 +73,7 @@ class Run:
             try:
                 return connection.sql(query).to_arrow_table()
             except duckdb.Error as error:
-                raise LeadlineError(f"query: {_one_line(error)}") from None
+                raise LeadlineError(f"query: {one_line(error)}") from None
 
     def _dataset(self, name: str) -> ds.Dataset:
         if not self.directory.table(name).exists():
@@ -94,7 +94,3 @@ def open_run(uri: str | Path) -> Run:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

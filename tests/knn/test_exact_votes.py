@@ -122,7 +122,7 @@ def test_votes_of_any_input_are_those_of_brute_force(
     ids=["plain", "duplicated", "constant columns", "offset"],
 )
 def test_votes_of_digits_equal_scikit_learn(change):
-    # Centred on no pixel value that repeats: a small jitter leaves no ties of distance, which scikit-learn breaks by luck.
+    # A small jitter leaves no ties of distance, which scikit-learn breaks by luck.
     data, labels = load_digits(return_X_y=True)
     jitter = np.random.default_rng(1).integers(0, 512, data.shape) / 2.0**12
     points = change(((data + jitter) / 16).astype(np.float32))
@@ -133,7 +133,7 @@ def test_votes_of_digits_equal_scikit_learn(change):
     votes = leadline.knn_votes(bank, bank_labels, points[held_out])
     expected = classifier.predict(points[held_out].astype(np.float64))
     agree = votes.winner == expected
-    # A tie at the k-th place (a duplicate with another label cannot be: duplicates share labels) never changes a winner.
+    # Duplicates tie, but share their label.
     assert agree.all()
     shares = classifier.predict_proba(points[held_out].astype(np.float64))
     np.testing.assert_array_equal(votes.winner_votes, np.round(shares.max(axis=1) * 30))
@@ -200,7 +200,7 @@ def test_bound_holds_for_every_pair():
         scores = np.concatenate([scores.numpy().copy() for _, _, scores in tiles], axis=1).astype(np.longdouble)
         wide = (bank.astype(np.longdouble) - frame.centre) * frame.scale
         true = np.square(wide[:40, None] - wide[None]).sum(axis=2) - np.square(wide[:40]).sum(axis=1)[:, None]
-        # Every low is lowered by the query's own error too, which is a constant of the query and left out of the scores.
+        # The query's own error is the same for all its rows and left out of the scores.
         error = frame.slack_queries * norms[:, None]
         assert (scores - error <= true).all(), name
         assert (true <= scores + slack + error).all(), name

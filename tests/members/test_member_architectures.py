@@ -80,6 +80,13 @@ def test_groups_divide_the_width(width, groups):
     assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {groups}
 
 
+def test_blocks_without_normalisation_begin_as_the_identity():
+    model = build("resnet18", {"width": 4, "norm": "none"}, CIFAR, 3, 0)
+    inputs = torch.rand(2, 4, 8, 8)
+    assert torch.equal(model.blocks[0](inputs), inputs)
+    assert model.blocks[2].shortcut.conv.weight.abs().min() > 0
+
+
 def test_filters_are_standardised():
     convolution = build("resnet18", {"width": 4}, CIFAR, 3, 0).blocks[0].first.conv
     with torch.no_grad():

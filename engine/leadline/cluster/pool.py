@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from leadline.cluster.units import Bench
 from leadline.config import Engine
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 
 SECONDS_TO_ANSWER = 10
 TRIES = 3  # of a unit whose actor died under it
@@ -34,7 +34,7 @@ def connected(engine: Engine, address: str | None) -> Iterator[bool]:
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             raise LeadlineError(
-                f"--address {address}: no Ray cluster answers there ({_first_line(error)}); start one or drop it"
+                f"--address {address}: no Ray cluster answers there ({one_line(error)}); start one or drop it"
             ) from None
     else:
         wanted = (engine.workers or 1) * engine.threads
@@ -87,7 +87,7 @@ class Pool:
                 if tries == TRIES:
                     what = " ".join([unit[0], *(str(getattr(argument, "name", argument)) for argument in unit[1])])
                     raise LeadlineError(
-                        f"unit {what}: its worker died {TRIES} times ({_first_line(error)}); "
+                        f"unit {what}: its worker died {TRIES} times ({one_line(error)}); "
                         "give it more memory, or lower engine.group_size or engine.query_block"
                     ) from None
                 self._actors.remove(actor)
@@ -124,7 +124,3 @@ class _Actor(Bench):
     def __init__(self, search_path: list[str], bench: tuple[Any, ...]) -> None:
         sys.path.extend(path for path in search_path if path not in sys.path)
         super().__init__(*bench)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

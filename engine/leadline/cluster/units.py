@@ -22,7 +22,7 @@ from leadline.knn import Votes, count_votes, search
 from leadline.knn.arrays import Array
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
-from leadline.members.splits import training_ids
+from leadline.members.splits import path_of_seed, training_ids
 from leadline.members.train import resolve_precision, train
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.points import open_points
@@ -46,7 +46,7 @@ class Member:
     @property
     def weights_source(self) -> Path | None:
         """The file that its weights are given in."""
-        return Path(self.config.weights.replace("{seed}", str(self.seed))) if self.config.weights else None
+        return path_of_seed("weights", self.config.weights, self.seed) if self.config.weights else None
 
 
 def list_members(config: RunConfig) -> list[Member]:

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leadline.errors import LeadlineError
-from leadline.members.wording import one_line
+from leadline.errors import LeadlineError, one_line
 from leadline.torchvision_import import import_torchvision
 
 NORMS = ("group", "batch", "none")

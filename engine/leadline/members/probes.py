@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leadline.errors import LeadlineError
-from leadline.members.wording import one_line
+from leadline.errors import LeadlineError, one_line
 
 ENDS = ("input", "softmax")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -34,7 +34,7 @@ def training_ids(split: "SplitConfig", parts: NDArray[np.uint8], seed: int) -> N
 
 
 def _ids_from_file(split: "FileSplit", n_points: int, seed: int) -> NDArray[np.int64]:
-    path = _formatted(split.path, seed)
+    path = path_of_seed("split", split.path, seed)
     try:
         with path.open("rb") as file:
             ids = np.load(file, allow_pickle=False)
@@ -60,8 +60,9 @@ def _ids_from_file(split: "FileSplit", n_points: int, seed: int) -> NDArray[np.i
     return ordered
 
 
-def _formatted(path: str, seed: int) -> Path:
+def path_of_seed(what: str, path: str, seed: int) -> Path:
+    """A member's own file: `{seed}` in the path (or {seed:03}) stands for its seed. Raises LeadlineError for others."""
     try:
         return Path(path.format(seed=seed))
     except (LookupError, ValueError, AttributeError) as error:
-        raise LeadlineError(f"split {path}: of all braces only {{seed}} can be filled in; mend the path") from error
+        raise LeadlineError(f"{what} {path}: of all braces only {{seed}} can be filled in; mend the path") from error

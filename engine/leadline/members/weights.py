@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leadline.errors import LeadlineError
-from leadline.members.wording import one_line
+from leadline.errors import LeadlineError, one_line
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

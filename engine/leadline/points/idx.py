@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from leadline.errors import LeadlineError
-from leadline.points.source import one_line
+from leadline.errors import LeadlineError, one_line
 
 _UNSIGNED_BYTE = 0x08
 

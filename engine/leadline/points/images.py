@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from leadline.errors import LeadlineError
-from leadline.points.source import one_line
+from leadline.errors import LeadlineError, one_line
 
 # Pillow's decoders let the errors of what they are made of through when the bytes are damaged.
 _DAMAGE = (

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leadline.config import NpyPoints
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.points.arrays import ArrayInputs
 from leadline.points.source import (
     MAX_CLASSES,
@@ -18,7 +18,6 @@ from leadline.points.source import (
     checked_labels,
     numbered_keys,
     numbered_names,
-    one_line,
     two_parts,
 )
 

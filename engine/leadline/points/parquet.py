@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from leadline.config import ParquetPoints
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.points.images import decode
-from leadline.points.source import MAX_CLASSES, Inputs, Source, checked_labels, numbered_names, one_line, two_parts
+from leadline.points.source import MAX_CLASSES, Inputs, Source, checked_labels, numbered_names, two_parts
 
 # Stored bytes that are kept: CIFAR-10 stays in memory, ImageNet does not.
 CACHE_BYTES = 1 << 30

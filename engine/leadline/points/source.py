@@ -75,8 +75,3 @@ def two_parts(train: int, test: int) -> NDArray[np.uint8]:
 def numbered_keys(part: int, rows: NDArray[np.int64]) -> list[str]:
     """Names of points that have only a row: train/00012."""
     return [f"{PART_NAMES[part]}/{row:05d}" for row in rows]
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of another library says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

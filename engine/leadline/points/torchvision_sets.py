@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leadline.config import TorchvisionPoints
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.points.arrays import ArrayInputs
 from leadline.points.idx import read_idx
-from leadline.points.source import TEST, TRAIN, Source, checked_labels, numbered_keys, one_line, two_parts
+from leadline.points.source import TEST, TRAIN, Source, checked_labels, numbered_keys, two_parts
 from leadline.torchvision_import import import_torchvision
 
 _CACHE = Path("~/.cache/leadline")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.store.files import replacing
 
 ROWS = 65536  # of a row group: the points that are in memory together when tables are combined
@@ -46,5 +46,4 @@ def read_table(path: Path, row_group: int | None = None) -> pa.Table:
 
 
 def damaged(path: Path, error: Exception) -> LeadlineError:
-    reason = " ".join(str(error).split())
-    return LeadlineError(f"{path}: damaged ({reason}); delete it and run the same command again")
+    return LeadlineError(f"{path}: damaged ({one_line(error)}); delete it and run the same command again")
