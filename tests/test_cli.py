@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import TINY
+from tiny import TINY
 
 from leadline import cli
 from leadline.config import load_config, preset_names
