@@ -121,6 +121,12 @@ def test_no_cluster_at_an_address(refused, tmp_path):
     assert "127.0.0.1:1" in line
 
 
+def test_workers_that_do_not_fit_are_refused(refused, tmp_path):
+    config = write(tmp_path / "c.yaml", TINY)
+    line = refused("run", config, "--out", tmp_path / "run", "--set", "engine.gpus=64", begun=True)
+    assert "64 GPUs do not fit" in line and "engine.gpus" in line
+
+
 def numeric(tmp_path, inputs, labels):
     np.save(tmp_path / "x.npy", inputs)
     np.save(tmp_path / "y.npy", labels)

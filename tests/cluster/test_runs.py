@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from tiny import TINY, tables_of
 
@@ -249,6 +250,37 @@ def test_corrupted_labels_vote_and_the_clean_ones_are_kept(tmp_path):
     # The input probe votes with the given labels, so it agrees with them far less than on clean data.
     accuracy = run.sql("SELECT held_out_accuracy FROM probes WHERE probe = 0")[0][0].as_py()
     assert 0.3 < accuracy < 0.75
+
+
+def test_a_torchvision_network_over_an_image_folder(tmp_path):
+    random = np.random.default_rng(0)
+    for part, share in (("train", 12), ("val", 3)):
+        for name, colour in (("dark", 60), ("light", 180)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(share):
+                pixels = random.normal(colour, 20, (40 + i, 48, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.jpg")
+    config = {
+        "name": "folder",
+        "points": {
+            "source": "image-folder", "train": str(tmp_path / "train"), "test": str(tmp_path / "val"),
+            "resize": 36, "crop": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+        },
+        "members": [{
+            "architecture": "torchvision.models:resnet18", "name": "resnet18", "split": {"kind": "part"},
+            "probes": ["layer*.*", "avgpool"],
+        }],
+        "k": 5,
+        "engine": {"workers": 1, "batch_size": 16, "shard_size": 16},
+    }  # fmt: skip
+    run = leadline.run(config, tmp_path / "run")
+    assert verify(run.directory) == []
+    assert [row["name"] for row in run.sql("SELECT name FROM probes ORDER BY probe").to_pylist()] == [
+        "input", *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "avgpool", "softmax",
+    ]  # fmt: skip
+    # Noise about two brightnesses is told apart by the pixels themselves.
+    assert run.sql("SELECT held_out_accuracy FROM probes WHERE probe = 0")[0][0].as_py() == 1.0
+    assert run.sql("SELECT count(*) FROM depths WHERE NOT in_training")[0][0].as_py() == 6
 
 
 def free_port():

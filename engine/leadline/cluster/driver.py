@@ -103,11 +103,11 @@ def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[
         "weights": {m.name: digest(m.weights_source) for m in members if m.weights_source},
         "fingerprint": config.fingerprint(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in names}},
-        "machine": {"processor": _processor(), "system": sys.platform},
+        "machine": {"processor": processor(), "system": sys.platform},
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as Linux tells it; elsewhere what Python knows."""
     path = Path("/proc/cpuinfo")
     if path.is_file():

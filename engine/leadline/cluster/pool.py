@@ -106,18 +106,20 @@ class Pool:
         return ray.remote(_Actor).options(**options).remote(sys.path, self._bench)
 
     def _count(self) -> int:
-        if self._engine.workers:
-            return self._engine.workers
+        """As many actors as are asked for, or as there is room for."""
         resources = ray.cluster_resources()
-        room = resources.get("CPU", 1) // self._engine.threads
+        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        room = int(cpus // self._engine.threads)
         if self._engine.gpus:
-            room = min(room, resources.get("GPU", 0) // self._engine.gpus)
-        if room < 1:
+            room = min(room, int(gpus // self._engine.gpus))
+        wanted = self._engine.workers or max(room, 1)
+        if wanted > room:
+            # Ray would wait for them for ever.
             raise LeadlineError(
-                f"engine: no worker of {self._engine.threads} CPUs and {self._engine.gpus} GPUs fits a cluster of "
-                f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; lower threads or gpus"
+                f"engine: {wanted} workers of {self._engine.threads} CPUs and {self._engine.gpus:g} GPUs do not fit a "
+                f"cluster of {cpus:g} CPUs and {gpus:g} GPUs; lower engine.workers, engine.threads or engine.gpus"
             )
-        return int(room)
+        return wanted
 
 
 class _Actor(Bench):
