@@ -224,7 +224,7 @@ def test_a_users_network_from_the_folder_of_the_command(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def small(width):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 12))\n"
     )
     member = {
         "architecture": "mine:small",
@@ -237,7 +237,7 @@ def test_a_users_network_from_the_folder_of_the_command(tmp_path):
     assert probes.to_pylist() == [
         {"name": "input", "width": 64},
         {"name": "1", "width": 8},
-        {"name": "softmax", "width": 10},
+        {"name": "softmax", "width": 12},
     ]
 
 

@@ -240,7 +240,9 @@ def _combine(
     write_table(directory.table("members"), MEMBERS, [pa.Table.from_pylist(rows, MEMBERS)], stamps)
     rows = [row for m in members for row in _probe_rows(config, m, trained[m.name], reduced[m.name])]
     write_table(directory.table("probes"), PROBES, [pa.Table.from_pylist(rows, PROBES)], stamps)
-    write_table(directory.table("ensemble"), ENSEMBLE, _ensemble_tables(directory, members, points), stamps)
+    # A network may know classes that no point has: as many as its softmax is wide.
+    n_classes = max(len(points.label_names), *(record["probes"][-1]["width"] for record in trained.values()))
+    write_table(directory.table("ensemble"), ENSEMBLE, _ensemble_tables(directory, members, points, n_classes), stamps)
 
 
 def _member_row(member: Member, trained: dict[str, Any], reduced: dict[str, Any]) -> dict[str, Any]:
@@ -280,8 +282,9 @@ def _probe_rows(
         }
 
 
-def _ensemble_tables(directory: RunDirectory, members: list[Member], points: Points) -> Iterator[pa.Table]:
-    n_classes = len(points.label_names)
+def _ensemble_tables(
+    directory: RunDirectory, members: list[Member], points: Points, n_classes: int
+) -> Iterator[pa.Table]:
     for architecture in dict.fromkeys(m.architecture for m in members):
         paths = [directory.member_table("depths", m.name) for m in members if m.architecture == architecture]
         for group, (first, stop) in enumerate(blocks(len(points), ROWS)):
