@@ -3,14 +3,13 @@
 python benchmarks/record.py NAME -- COMMAND …     writes benchmarks/results/NAME.txt
 """
 
+import os
 import platform
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-
-import psutil
 
 from leadline.cluster.driver import processor
 
@@ -24,11 +23,11 @@ def main() -> None:
         sys.exit(__doc__)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
-    memory = psutil.virtual_memory().total / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [
         f"$ {' '.join(command)}",
         f"# commit {commit}; Python {platform.python_version()}, {versions}",
-        f"# {processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used",
+        f"# {processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used",
         "",
     ]
     started = time.perf_counter()
