@@ -3,15 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 import leadline
 from leadline import LeadlineError
-from leadline.knn import exact, search
+from leadline.knn import Bank, cells, exact
 from leadline.knn.distance import squared_distance
+
+
+def search(bank, queries, k, exclude=None):
+    return Bank(bank).search(queries, k, exclude)
+
+
+@pytest.fixture(params=["as it comes", "plain", "cells", "cells in float32"])
+def way(request, monkeypatch):
+    """Each of the ways that a search can go, whatever the size of the bank and the processor."""
+    if request.param != "as it comes":
+        monkeypatch.setattr(exact, "NARROW", 1)
+    monkeypatch.setattr(cells, "SMALLEST", 1 if "cells" in request.param else 10**9)
+    dtype = torch.float32 if request.param == "cells in float32" else torch.bfloat16
+    monkeypatch.setattr(cells, "low_precision", lambda: dtype)
 
 
 def brute_force(bank, queries, k, exclude=None):
@@ -76,7 +90,7 @@ def hard_inputs():
 
 @pytest.mark.parametrize("name", hard_inputs())
 @pytest.mark.parametrize("leave_out", [False, True])
-def test_neighbours_are_those_of_float64_brute_force(name, leave_out):
+def test_neighbours_are_those_of_float64_brute_force(way, name, leave_out):
     bank = hard_inputs()[name]
     queries = bank[:200]
     exclude = np.arange(len(queries)) if leave_out else None
@@ -85,7 +99,7 @@ def test_neighbours_are_those_of_float64_brute_force(name, leave_out):
     assert cost.certified + cost.reranked + cost.fell_through == len(queries)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_bank=st.integers(2, 200),
@@ -98,7 +112,7 @@ def test_neighbours_are_those_of_float64_brute_force(name, leave_out):
     dtype=st.sampled_from([np.float32, np.float64]),
 )
 def test_votes_of_any_input_are_those_of_brute_force(
-    seed, n_bank, n_queries, width, k, levels, offset, scale, dtype
+    way, seed, n_bank, n_queries, width, k, levels, offset, scale, dtype
 ):  # fmt: skip
     random = np.random.default_rng(seed)
     bank = ((random.integers(0, levels, (n_bank, width)) + offset) * scale).astype(dtype)
@@ -152,12 +166,14 @@ def test_leave_one_out_equals_scikit_learn_without_the_point():
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tiles", [(512, 4096), (7, 64), (64, 130)])
-def test_tiles_and_threads_do_not_change_the_answer(monkeypatch, threads, tiles):
+def test_tiles_and_threads_do_not_change_the_answer(way, monkeypatch, threads, tiles):
     random = np.random.default_rng(3)
     bank = random.integers(0, 5, (700, 9)).astype(np.float32)
     expected = brute_force(bank, bank[:300], 30)
     monkeypatch.setattr(exact, "QUERY_TILE", tiles[0])
     monkeypatch.setattr(exact, "BANK_TILE", tiles[1])
+    monkeypatch.setattr(cells, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(cells, "ROW_TILE", 1024 if tiles[1] == 4096 else 128)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -171,12 +187,13 @@ def test_tiles_and_threads_do_not_change_the_answer(monkeypatch, threads, tiles)
 def test_selection_by_torch_gives_the_same_neighbours(monkeypatch, name):
     # The selection that a GPU uses, run here on the CPU.
     monkeypatch.setitem(exact._KEEP, "cpu", exact._keep_on_gpu)
+    monkeypatch.setattr(exact, "NARROW", 1)
     bank = hard_inputs()[name]
     found, _ = search(bank, bank[:100], 30)
     np.testing.assert_array_equal(found, brute_force(bank, bank[:100], 30))
 
 
-def test_fast_matmul_settings_do_not_change_the_answer():
+def test_fast_matmul_settings_do_not_change_the_answer(way):
     bank = hard_inputs()["offset by 1e4"]
     torch.set_float32_matmul_precision("medium")
     try:
@@ -192,7 +209,8 @@ def test_bound_holds_for_every_pair():
     for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny"):
         bank = hard_inputs()[name]
         queries = bank[:40]
-        frame = exact._survey(bank, queries)
+        centre, longest = exact._survey(bank)
+        frame = exact._frame(centre, longest, bank.shape[1])
         rounded, norms = frame.place(queries)
         slack = np.empty(len(bank))
         nobody = np.full(len(queries), -1)
@@ -257,3 +275,45 @@ def test_bad_input_is_named(change, words):
     with pytest.raises(LeadlineError, match=words) as error:
         leadline.knn_votes(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_several_k_are_the_single_ones():
+    random = np.random.default_rng(6)
+    bank = random.integers(0, 4, (500, 6)).astype(np.float32)
+    labels = random.integers(0, 5, 500)
+    together = leadline.knn_votes(bank, labels, bank[:80], k=[10, 30, 100], exclude=np.arange(80))
+    assert list(together) == [10, 30, 100]
+    for k, votes in together.items():
+        expected = slow_votes(labels, brute_force(bank, bank[:80], k, np.arange(80)))
+        np.testing.assert_array_equal(stacked(votes), expected)
+
+
+def test_neighbours_come_nearest_first_with_their_distances():
+    random = np.random.default_rng(7)
+    bank = random.integers(0, 5, (400, 7)).astype(np.float32)
+    found = leadline.knn_votes(bank, np.zeros(400, int), bank[:50], k=20, return_neighbours=True).neighbours
+    distances = np.sqrt(np.square(bank[:50, None].astype(np.float64) - bank).sum(axis=2))
+    for i in range(50):
+        order = np.lexsort((np.arange(400), distances[i]))[:20]
+        np.testing.assert_array_equal(found.rows[i], order)
+        np.testing.assert_array_equal(found.distances[i], distances[i][order])
+
+
+def test_the_graph_serves_scikit_learn_as_a_precomputed_one():
+    data, labels = load_digits(return_X_y=True)
+    data = (data + np.random.default_rng(8).random(data.shape) / 100).astype(np.float32)
+    votes = leadline.knn_votes(data[:1000], labels[:1000], data[1000:], k=15, return_neighbours=True)
+    graph = votes.neighbours.to_csr()
+    classifier = KNeighborsClassifier(15, metric="precomputed")
+    classifier.fit(np.zeros((1000, 1000)), labels[:1000])
+    np.testing.assert_array_equal(classifier.predict(graph), votes.winner)
+    theirs = KNeighborsClassifier(15, algorithm="brute").fit(data[:1000].astype(np.float64), labels[:1000])
+    expected = theirs.kneighbors_graph(data[1000:].astype(np.float64), mode="distance")
+    np.testing.assert_allclose(graph.toarray(), expected.toarray(), rtol=1e-6)
+
+
+def test_a_large_k_is_answered():
+    random = np.random.default_rng(9)
+    bank = random.standard_normal((1500, 8)).astype(np.float32)
+    found, _ = search(bank, bank[:30], 1000, np.arange(30))
+    np.testing.assert_array_equal(found, brute_force(bank, bank[:30], 1000, np.arange(30)))

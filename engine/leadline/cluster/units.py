@@ -18,7 +18,7 @@ from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
-from leadline.knn import Votes, count_votes, search
+from leadline.knn import Bank, Votes, count_votes
 from leadline.knn.arrays import Array
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
@@ -80,6 +80,7 @@ class Bench:
         self.points = open_points(config.points)
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
+        self._ready: tuple[tuple[str, int], Bank] | None = None
         self._networks: dict[str, tuple[torch.nn.Module, list[Probe]]] = {}
 
     def train(self, directory: RunDirectory, member: Member) -> int:
@@ -152,9 +153,8 @@ class Bench:
         exclude = np.searchsorted(bank_ids, queries)
         inside = bank_ids[np.minimum(exclude, len(bank_ids) - 1)] == queries
         exclude = np.where(inside & self.config.leave_one_out, exclude, -1)
-        neighbours, cost = search(
-            ShardedRows(paths, bank_ids), ShardedRows(paths)[first:stop], self.config.k, exclude, self.device
-        )
+        bank = self._bank(member.name, probe, ShardedRows(paths, bank_ids))
+        neighbours, cost = bank.search(ShardedRows(paths)[first:stop], self.config.k, exclude)
         votes = count_votes(self.points.labels[bank_ids][neighbours])
         with replacing(directory.votes_part(member.name, probe, block)) as beside:
             _save(beside, np.stack([getattr(votes, field) for field in VOTE_FIELDS], axis=1))
@@ -232,6 +232,13 @@ class Bench:
         entry = member.config
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
+
+    def _bank(self, member: str, probe: int, rows: ShardedRows) -> Bank:
+        """The bank of a probe, made ready once for all blocks that come one after another."""
+        if self._ready is None or self._ready[0] != (member, probe):
+            self._ready = None  # two banks are never in memory together
+            self._ready = ((member, probe), Bank(rows, self.device))
+        return self._ready[1]
 
     def _network(self, directory: RunDirectory, member: Member) -> tuple[torch.nn.Module, list[Probe]]:
         """A member with its stored weights, kept for the next shard; networks of another group are dropped."""

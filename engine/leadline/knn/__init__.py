@@ -1,6 +1,6 @@
 """Bank and queries to votes."""
 
-from leadline.knn.exact import Cost, search
-from leadline.knn.votes import Votes, count_votes, knn_votes
+from leadline.knn.exact import Bank, Cost
+from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
-__all__ = ["Cost", "Votes", "count_votes", "knn_votes", "search"]
+__all__ = ["Bank", "Cost", "Neighbours", "Votes", "count_votes", "knn_votes"]

@@ -4,24 +4,24 @@ The proof of the bound is in docs/decisions/0002-exact-votes.md; the names here 
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Any
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
-from leadline.knn import kernels
+from leadline.knn import cells, kernels
 from leadline.knn.arrays import Array, Rows
+from leadline.knn.cells import Cells
+from leadline.knn.threads import spread
 
 QUERY_TILE = 512  # queries and rows of one product: small enough that its scores stay in the processor's cache
 BANK_TILE = 4096
 TILE_BYTES = 64 << 20  # of one tile of bank rows, in float32: narrower than BANK_TILE where embeddings are wide
 SPARE = 34  # candidates kept beyond k
+SPARE_OF_CELLS = 66
+NARROW = 64  # values of a row below which all distances are computed in float64
 ROUNDING = 2.0**-24  # of float32
 UNDERFLOW = 1e-30  # of anything that float32 rounds to zero, once the longest row has length 1
 LARGEST = 1e150  # beyond it the square of a difference is no float64
@@ -57,82 +57,170 @@ class _Frame:
         """Rounded coordinates float32 [n, D] and their squared norms float64 [n]."""
         rounded = np.empty(rows.shape, np.float32)
         norms = np.empty(len(rows))
-        _spread(lambda s: kernels.centre(rows[s], self.centre, self.scale, rounded[s], norms[s]), len(rows))
+        kernels.centre(rows, self.centre, self.scale, rounded, norms)
         return rounded, norms
 
 
-def search(
-    bank: Rows, queries: Array, k: int, exclude: Array | None = None, device: str | torch.device = "cpu"
-) -> tuple[Array, Cost]:
-    """The k nearest bank rows of each query by Euclidean distance in float64, ties by lower row.
+class Bank:
+    """Bank rows made ready for any number of searches: read through once, and cut into cells where that pays.
 
-    bank [M, D] and queries [Q, D], real; exclude int64 [Q], the bank row that a query must not have, -1 for none.
-    Returns rows int64 [Q, k], ascending in each query (the set is exact; its order is not by distance), and the Cost.
-
-    Raises LeadlineError for values that are not finite, fewer than k rows to choose from, and an unknown device.
+    rows [M, D], real; device: where products run ("cpu" or a CUDA device; cells are of the CPU only).
+    Raises LeadlineError for values that are not finite and for an unknown device.
     """
+
+    def __init__(self, rows: Rows, device: str | torch.device = "cpu") -> None:
+        self._rows = rows
+        self._device = torch.device(device)
+        if self._device.type not in _KEEP:
+            raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(_KEEP)}")
+        self._centre, self._longest = _survey(rows)
+        self._cells: Cells | None = None
+        if self._device.type == "cpu" and rows.shape[1] >= NARROW and cells.pays(*rows.shape):
+            self._cells = cells.cut(rows, _scale(4 * self._longest), self._centre, cells.low_precision())
+
+    def search(self, queries: Array, k: int, exclude: Array | None = None) -> tuple[Array, Cost]:
+        """The k nearest rows of each query by Euclidean distance in float64, ties by lower row.
+
+        queries [Q, D], real; exclude int64 [Q], the row that a query must not have, -1 for none. Returns rows int64
+        [Q, k], ascending in each query (the set is exact; its order is not by distance), and the Cost.
+
+        Raises LeadlineError for values that are not finite and for fewer than k rows to choose from.
+        """
+        n_bank = self._rows.shape[0]
+        n_excluded = 0 if exclude is None else int((exclude >= 0).any())
+        if n_bank - n_excluded < k:
+            raise LeadlineError(f"bank: {n_bank} rows are too few for k={k} neighbours; lower k or give more rows")
+        if not len(queries):
+            return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)
+        _refuse_non_finite(queries, 0, "query")
+        own = np.full(len(queries), -1) if exclude is None else exclude
+
+        def part(s: slice) -> tuple[Array, Cost]:
+            return self._search(queries[s], k, own[s])
+
+        with _full_precision():
+            parts = spread(part, len(queries)) if self._device.type == "cpu" else [part(slice(None))]
+        cost = Cost(*(sum(counts) for counts in zip(*(astuple(cost) for _, cost in parts), strict=True)))
+        return np.sort(np.concatenate([chosen for chosen, _ in parts]), axis=1), cost
+
+    def _search(self, queries: Array, k: int, exclude: Array) -> tuple[Array, Cost]:
+        if self._device.type == "cpu" and queries.shape[1] < NARROW:
+            return _search_narrow(self._rows, queries, k, exclude)
+        longest = kernels.largest_square(queries, self._centre)
+        frame = _frame(self._centre, max(longest, self._longest), queries.shape[1])
+        # The bound of the cells is for queries at most twice as far out as the bank's rows.
+        if self._cells is None or longest > 4 * self._longest:
+            return _search_plain(self._rows, frame, queries, k, exclude, self._device)
+        return _search_cells(self._rows, self._cells, frame, queries, k, exclude)
+
+
+def _search_narrow(bank: Rows, queries: Array, k: int, exclude: Array) -> tuple[Array, Cost]:
+    """By all distances in float64: where rows are narrow that costs no more than a product and a look at its result."""
+    distances = np.full((len(queries), k), np.inf)
+    rows = np.full((len(queries), k), np.iinfo(np.int64).max)
+    for first, tile in _tiles(bank):
+        kernels.nearest_of_columns(queries, np.ascontiguousarray(tile.T), first, exclude, distances, rows)
+    return rows, Cost(pairs=len(queries) * bank.shape[0], certified=len(queries), reranked=0, fell_through=0)
+
+
+def _search_cells(
+    bank: Rows, sorted_bank: Cells, frame: _Frame, queries: Array, k: int, exclude: Array
+) -> tuple[Array, Cost]:
+    """By cells, and for the queries whose candidates they could not hold, plainly."""
+    found = cells.screen(sorted_bank, queries, k, exclude, k + SPARE_OF_CELLS)
+    limit = found.nearest
+    chosen, cost, lost, _ = _settle(
+        bank, queries, k, found.lows, found.highs, found.rows, found.lows.max(axis=1) > limit
+    )
+    cost = replace(cost, pairs=found.pairs)
+    if len(lost):
+        chosen[lost], again = _search_plain(bank, frame, queries[lost], k, exclude[lost], "cpu")
+        cost = replace(cost, pairs=cost.pairs + again.pairs)
+    return chosen, cost
+
+
+def _search_plain(
+    bank: Rows, frame: _Frame, queries: Array, k: int, exclude: Array, device: str | torch.device
+) -> tuple[Array, Cost]:
+    """By tiles of all rows, in float32 about one centre."""
     n_bank = bank.shape[0]
-    n_excluded = 0 if exclude is None else int((exclude >= 0).any())
-    if n_bank - n_excluded < k:
-        raise LeadlineError(f"bank: {n_bank} rows are too few for k={k} neighbours; lower k or give more rows")
-    if not len(queries):
-        return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)
-    if exclude is None:
-        exclude = np.full(len(queries), -1)
-    keep = _KEEP.get(torch.device(device).type)
-    if keep is None:
-        raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(_KEEP)}")
-    frame = _survey(bank, queries)
     rounded, norms = frame.place(queries)
-    slack_queries = _doubled(frame.slack_queries * norms)
     slack_rows = np.empty(n_bank)
     size = min(k + SPARE, n_bank)
     lows = torch.full((len(queries), size), torch.inf, device=device)
     rows = torch.full((len(queries), size), -1, device=device)
+    keep = _KEEP[torch.device(device).type]
     for tile, first, scores in _screen(bank, frame, rounded, exclude, slack_rows, device):
         keep(scores, first, lows[tile], rows[tile])
+    low, row = lows.cpu().numpy().astype(np.float64), rows.cpu().numpy()
+    slack = slack_rows[row] + _doubled(frame.slack_queries * norms)[:, None]
+    high = low + np.where(row >= 0, slack, 0.0)
+    limit = np.partition(high, k - 1, axis=1)[:, k - 1]
+    whole = (low.max(axis=1) > limit) | (size == n_bank)
+    chosen, cost, lost, _ = _settle(bank, queries, k, low, high, row, whole)
+    if len(lost):
+        chosen[lost] = _rank_lost(bank, frame, queries[lost], rounded[lost], exclude[lost], limit[lost], k, device)
+    return chosen, replace(cost, pairs=len(queries) * n_bank)
 
-    chosen = np.empty((len(queries), size), np.int64)
-    n_sure, n_open = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
-    limit = np.empty(len(queries))
-    low, row = lows.cpu().numpy(), rows.cpu().numpy()
-    _spread(
-        lambda s: kernels.classify(
-            low[s], row[s], slack_rows, slack_queries[s], k, size == n_bank, chosen[s], n_sure[s], n_open[s], limit[s]
-        ),
-        len(queries),
-    )
+
+def _settle(
+    bank: Rows, queries: Array, k: int, lows: Array, highs: Array, rows: Array, whole: Array
+) -> tuple[Array, Cost, Array, Array]:
+    """The neighbours [Q, k] of the queries whose candidates are whole; the cost; the queries that are not."""
+    n_queries = len(queries)
+    chosen = np.empty(rows.shape, np.int64)
+    n_sure, n_open = np.zeros(n_queries, np.int64), np.zeros(n_queries, np.int64)
+    limit = np.empty(n_queries)
+    kernels.classify(lows, highs, rows, k, whole, chosen, n_sure, n_open, limit)
     doubtful, lost = np.flatnonzero(n_open > 0), np.flatnonzero(n_open < 0)
     _rank_doubtful(bank, queries, doubtful, chosen, n_sure, n_open, k)
-    if len(lost):
-        chosen[lost, :k] = _rank_lost(bank, frame, queries[lost], rounded[lost], exclude[lost], limit[lost], k, device)
-    cost = Cost(
-        pairs=len(queries) * n_bank,
-        certified=len(queries) - len(doubtful) - len(lost),
-        reranked=len(doubtful),
-        fell_through=len(lost),
-    )
-    return np.sort(chosen[:, :k], axis=1), cost
+    cost = Cost(0, n_queries - len(doubtful) - len(lost), len(doubtful), len(lost))
+    return chosen[:, :k], cost, lost, limit
 
 
-def _survey(bank: Rows, queries: Array) -> _Frame:
-    """Read the bank twice: its mean, then its longest row; refuse what is not finite."""
+def by_distance(bank: Rows, queries: Array, rows: Array) -> tuple[Array, Array]:
+    """The neighbours of each query in the order of (distance, row), and their Euclidean distances, float64.
+
+    rows int64 [Q, k], as `search` gives them. Returns int64 and float64 [Q, k].
+    """
+    ordered, distances = np.empty_like(rows), np.empty(rows.shape)
+    at_once = _queries_at_once(rows.shape[1], queries.shape[1])
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        row_ids, places = np.unique(rows[part], return_inverse=True)
+        kernels.sort_by_distance(
+            queries[part], bank[row_ids], places.reshape(rows[part].shape), rows[part], ordered[part], distances[part]
+        )
+    return ordered, distances
+
+
+def _queries_at_once(candidates: int, width: int) -> int:
+    """How many queries' candidate rows are gathered together: float64 rows of at most 4 * TILE_BYTES."""
+    return max(1, (TILE_BYTES * 4) // (candidates * width * 8))
+
+
+def _survey(bank: Rows) -> tuple[Array, float]:
+    """The bank's mean, float64 [D], and the largest squared distance from it; what is not finite is refused."""
     n_bank, width = bank.shape
     total = np.zeros(width)
     for first, rows in _tiles(bank):
         _refuse_non_finite(rows, first, "bank row")
         total += rows.sum(axis=0, dtype=np.float64)
-    _refuse_non_finite(queries, 0, "query")
-    centre = total / n_bank
-    longest = max(kernels.largest_square(rows, centre) for _, rows in _tiles(bank))
-    longest = max(longest, kernels.largest_square(queries, centre))
-    # A power of two, so that scaling rounds nothing.
-    scale = 2.0 ** -np.ceil(np.log2(longest) / 2) if longest > 0 else 1.0
+    centre = total / max(n_bank, 1)
+    return centre, max((kernels.largest_square(rows, centre) for _, rows in _tiles(bank)), default=0.0)
+
+
+def _scale(longest: float) -> float:
+    """The power of two, so that scaling rounds nothing, that makes a squared length at most 1."""
+    return float(2.0 ** -np.ceil(np.log2(longest) / 2)) if longest > 0 else 1.0
+
+
+def _frame(centre: Array, longest: float, width: int) -> _Frame:
     gamma = (width + 4) * ROUNDING / (1 - (width + 4) * ROUNDING)
     exact = 8.0 * (width + 4) * 2.0**-53  # the float64 distance's own rounding
     return _Frame(
         centre,
-        float(scale),
+        _scale(longest),
         slack_rows=2 * gamma + 8 * ROUNDING + exact,
         slack_queries=gamma + 5 * ROUNDING + exact,
     )
@@ -163,28 +251,26 @@ def _screen(
     """
     queries = torch.from_numpy(rounded).to(device)
     buffer = torch.empty(QUERY_TILE * BANK_TILE, device=device)
-    with _full_precision():
-        for first, rows in _tiles(bank):
-            stop = first + len(rows)
-            placed, norms = frame.place(rows)
-            error = frame.slack_rows * norms
-            if slack_rows is not None:
-                slack_rows[first:stop] = _doubled(error)
-            lowered = np.nextafter((norms - error - UNDERFLOW).astype(np.float32), np.float32(-np.inf))
-            bias, block = torch.from_numpy(lowered).to(device), torch.from_numpy(placed).to(device)
-            for start in range(0, len(queries), QUERY_TILE):
-                tile = slice(start, min(start + QUERY_TILE, len(queries)))
-                scores = buffer[: (tile.stop - start) * len(rows)].view(-1, len(rows))
-                torch.addmm(bias, queries[tile], block.T, alpha=-2, out=scores)
-                own = exclude[tile]
-                here = np.flatnonzero((own >= first) & (own < stop))
-                scores[here, own[here] - first] = torch.inf
-                yield tile, first, scores
+    for first, rows in _tiles(bank):
+        stop = first + len(rows)
+        placed, norms = frame.place(rows)
+        error = frame.slack_rows * norms
+        if slack_rows is not None:
+            slack_rows[first:stop] = _doubled(error)
+        lowered = np.nextafter((norms - error - UNDERFLOW).astype(np.float32), np.float32(-np.inf))
+        bias, block = torch.from_numpy(lowered).to(device), torch.from_numpy(placed).to(device)
+        for start in range(0, len(queries), QUERY_TILE):
+            tile = slice(start, min(start + QUERY_TILE, len(queries)))
+            scores = buffer[: (tile.stop - start) * len(rows)].view(-1, len(rows))
+            torch.addmm(bias, queries[tile], block.T, alpha=-2, out=scores)
+            own = exclude[tile]
+            here = np.flatnonzero((own >= first) & (own < stop))
+            scores[here, own[here] - first] = torch.inf
+            yield tile, first, scores
 
 
 def _keep_on_cpu(scores: torch.Tensor, first: int, lows: torch.Tensor, rows: torch.Tensor) -> None:
-    score, low, row = scores.numpy(), lows.numpy(), rows.numpy()
-    _spread(lambda s: kernels.keep_smallest(score[s], first, low[s], row[s]), len(score))
+    kernels.keep_smallest(scores.numpy(), first, lows.numpy(), rows.numpy())
 
 
 def _keep_on_gpu(scores: torch.Tensor, first: int, lows: torch.Tensor, rows: torch.Tensor) -> None:
@@ -208,7 +294,7 @@ def _rank_doubtful(
     bank: Rows, queries: Array, which: Array, chosen: Array, n_sure: Array, n_open: Array, k: int
 ) -> None:
     """Settle open candidates by their float64 distances; reads only the rows that it needs."""
-    at_once = max(1, (TILE_BYTES * 4) // (chosen.shape[1] * queries.shape[1] * 8))
+    at_once = _queries_at_once(chosen.shape[1], queries.shape[1])
     for start in range(0, len(which), at_once):
         part = which[start : start + at_once]
         wanted = np.concatenate([chosen[i, n_sure[i] : n_sure[i] + n_open[i]] for i in part])
@@ -227,15 +313,8 @@ def _rank_lost(
     for tile, first, scores in _screen(bank, frame, rounded, exclude, None, device):
         score = scores.cpu().numpy()
         block = bank[first : min(first + score.shape[1], n_bank)]
-        rank = partial(_rank_below, score, limit[tile], queries[tile], block, first, distances[tile], rows[tile])
-        _spread(rank, len(score))
+        kernels.rank_below(score, limit[tile], queries[tile], block, first, distances[tile], rows[tile])
     return rows
-
-
-def _rank_below(
-    scores: Array, limit: Array, queries: Array, block: Array, first: int, distances: Array, rows: Array, part: slice
-) -> None:
-    kernels.rank_below(scores[part], limit[part], queries[part], block, first, distances[part], rows[part])
 
 
 def _tiles(bank: Rows) -> Iterator[tuple[int, Array]]:
@@ -246,21 +325,9 @@ def _tiles(bank: Rows) -> Iterator[tuple[int, Array]]:
         yield first, np.ascontiguousarray(bank[first : min(first + step, n_bank)])
 
 
-def _spread(work: Callable[[slice], Any], n: int) -> None:
-    """Do the work of n queries on torch's number of threads."""
-    threads = min(torch.get_num_threads(), n)
-    edges = [n * i // threads for i in range(threads + 1)] if threads else [0, 0]
-    slices = [slice(a, b) for a, b in pairwise(edges)]
-    if len(slices) == 1:
-        work(slices[0])
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, slices))
-
-
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """The bound is of float32 products: TF32 and bfloat16 short cuts are switched off while they run."""
+    """The bounds are of the products as they are asked for: short cuts by TF32 and bfloat16 are switched off."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

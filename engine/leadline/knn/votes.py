@@ -1,14 +1,38 @@
 """From neighbours to votes."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
-from leadline.knn.exact import search
+from leadline.knn.exact import Bank, by_distance
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest bank rows of Q queries, nearest first (ties by lower row), and their Euclidean distances.
+
+    rows int64 [Q, k], distances float64 [Q, k]; n_bank: rows of the bank.
+    """
+
+    rows: Array
+    distances: Array
+    n_bank: int
+
+    def to_csr(self) -> Any:
+        """A scipy.sparse.csr_array of distances, [Q, n_bank], as scikit-learn's `kneighbors_graph(mode="distance")`.
+
+        scikit-learn (metric="precomputed") and cleanlab (knn_graph=) take it as it is.
+        """
+        from scipy.sparse import csr_matrix
+
+        n_queries, k = self.rows.shape
+        edges = np.arange(0, n_queries * k + 1, k)
+        return csr_matrix((self.distances.ravel(), self.rows.ravel(), edges), shape=(n_queries, self.n_bank))
 
 
 @dataclass(frozen=True)
@@ -19,6 +43,7 @@ class Votes:
     winner_votes: Array
     runner_up: Array
     runner_up_votes: Array
+    neighbours: Neighbours | None = None  # where they were asked for
 
     def __len__(self) -> int:
         return len(self.winner)
@@ -46,16 +71,32 @@ def count_votes(neighbour_labels: Array) -> Votes:
     )
 
 
+@overload
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: int = 30, exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None,
-) -> Votes:  # fmt: skip
+    device: str | torch.device | None = None, return_neighbours: bool = False,
+) -> Votes: ...  # fmt: skip
+
+
+@overload
+def knn_votes(
+    bank: Any, labels: Any, queries: Any, *, k: Sequence[int], exclude: Any = None, method: str = "exact",
+    device: str | torch.device | None = None, return_neighbours: bool = False,
+) -> dict[int, Votes]: ...  # fmt: skip
+
+
+def knn_votes(
+    bank: Any, labels: Any, queries: Any, *, k: int | Sequence[int] = 30, exclude: Any = None, method: str = "exact",
+    device: str | torch.device | None = None, return_neighbours: bool = False,
+) -> Votes | dict[int, Votes]:  # fmt: skip
     """The vote of each query's k nearest bank rows, as float64 brute force over the given values would have it.
 
     bank [M, D], labels int [M] (not negative), queries [Q, D]: numpy arrays or torch tensors of real numbers, each row
     flattened. exclude int64 [Q]: the bank row that a query must not count, -1 for none. Euclidean distance, ties of
     distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
-    threads. device: where the products run; by default where `bank` lies.
+    threads. device: where the products run; by default where `bank` lies. k may be several numbers: the search is made
+    once, for the largest, and the answer is a mapping of each k to its Votes. return_neighbours: the Votes carry the
+    neighbours and their distances.
 
     Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, and fewer than
     k bank rows to choose from.
@@ -77,10 +118,20 @@ def knn_votes(
     if out is not None and len(out) and not -1 <= out.min() <= out.max() < len(rows):
         bad = int(np.flatnonzero((out < -1) | (out >= len(rows)))[0])
         raise LeadlineError(f"exclude: query {bad} has {out[bad]}, allowed -1 to {len(rows) - 1}")
-    if k < 1:
+    ks = [k] if isinstance(k, int) else list(k)
+    if not ks or min(ks) < 1:
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
-    neighbours, _ = search(rows, asked, k, out, device)
-    return count_votes(given[neighbours])
+    nearest, _ = Bank(rows, device).search(asked, max(ks), out)
+    distances = None
+    if return_neighbours or len(ks) > 1:
+        nearest, distances = by_distance(rows, asked, nearest)
+    votes = {}
+    for n in ks:
+        counted = count_votes(given[nearest[:, :n]])
+        if return_neighbours and distances is not None:
+            counted = replace(counted, neighbours=Neighbours(nearest[:, :n], distances[:, :n], len(rows)))
+        votes[n] = counted
+    return votes[k] if isinstance(k, int) else votes
 
 
 def _matrix(values: Any, name: str) -> Array:

@@ -1,14 +1,13 @@
 """The tables of a run. A column's name is a promise: add, do not rename."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
 
 from leadline.knn import Votes
 
-VOTE_FIELDS = tuple(field.name for field in fields(Votes))
+VOTE_FIELDS = ("winner", "winner_votes", "runner_up", "runner_up_votes")  # of `leadline.Votes`
 OUTPUT_FIELDS = ("prediction", "confidence", "margin", "entropy")
 
 POINTS = pa.schema(
