@@ -18,11 +18,12 @@ def search(bank, queries, k, exclude=None):
     return Bank(bank).search(queries, k, exclude)
 
 
-@pytest.fixture(params=["as it comes", "plain", "cells", "cells in float32"])
+@pytest.fixture(params=["as it comes", "plain", "cells", "cells in float32", "narrow", "narrow in cells"])
 def way(request, monkeypatch):
     """Each of the ways that a search can go, whatever the size of the bank and the processor."""
     if request.param != "as it comes":
-        monkeypatch.setattr(exact, "NARROW", 1)
+        # All distances side by side are for rows of up to 128 values.
+        monkeypatch.setattr(exact, "NARROW", 129 if "narrow" in request.param else 1)
     monkeypatch.setattr(cells, "SMALLEST", 1 if "cells" in request.param else 10**9)
     dtype = torch.float32 if request.param == "cells in float32" else torch.bfloat16
     monkeypatch.setattr(cells, "low_precision", lambda: dtype)
@@ -222,6 +223,25 @@ def test_bound_holds_for_every_pair():
         error = frame.slack_queries * norms[:, None]
         assert (scores - error <= true).all(), name
         assert (true <= scores + slack + error).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bounds_of_cells_hold_for_every_candidate(monkeypatch, dtype):
+    """low <= true squared distance <= high, in extended precision, for what the products of hard inputs let through."""
+    for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny", "near ties"):
+        bank = hard_inputs()[name]
+        queries = bank[:60]
+        centre, longest = exact._survey(bank)
+        scale = exact._scale(4 * longest)
+        cut = cells.cut(bank, scale, centre, dtype)
+        size = min(100, len(bank))
+        found = cells.screen(cut, queries, 10, np.full(len(queries), -1), size)
+        there = found.rows >= 0
+        differences = (queries[:, None].astype(np.longdouble) - bank[found.rows]) * scale
+        true = np.square(differences).sum(axis=2)
+        assert there.sum() >= 10 * len(queries)
+        assert (found.lows <= true)[there].all(), name
+        assert (true <= found.highs)[there].all(), name
 
 
 def test_distance_is_numpys_float64_bit_for_bit():

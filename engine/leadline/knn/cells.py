@@ -6,6 +6,7 @@ that it visits, all rows but a ring. Rows and queries are centred on the cell be
 rounding is small beside the distances. The names of the bound are those of docs/decisions/0004-cells.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ QUERY_TILE = 256
 ROW_TILE = 1024
 SHAPE = 128  # tiles have a multiple of so many rows, so that few shapes of product are prepared
 FLOAT32 = 2.0**-24  # unit roundoffs
-BFLOAT16 = 2.0**-9
+BFLOAT16 = 2.0**-8
 SMALLEST = 4096  # rows of a bank that is cut
 MEMORY = 4 << 30  # bytes of its copy in low precision
 MARGIN = 1e-6  # of float32 and float64 arithmetic on bounds, beside which it is negligible
@@ -175,7 +176,6 @@ class Found:
 def screen(cells: Cells, queries: Array, k: int, exclude: Array, size: int) -> Found:
     """The candidates of queries [Q, D]; exclude int64 [Q]: a bank row each, or -1. size: candidates kept, above k."""
     n_queries, width = queries.shape
-    n_cells = len(cells.centres)
     state = _State(
         lows=np.full((n_queries, size), np.inf),
         highs=np.full((n_queries, size), np.inf),
@@ -183,21 +183,55 @@ def screen(cells: Cells, queries: Array, k: int, exclude: Array, size: int) -> F
         nearest=np.full((n_queries, k), np.inf),
         own=np.where(exclude >= 0, cells.place[exclude], -1),
     )
+    work = _Work(width, cells.rounded.dtype)
+
+    def look(c: int, which: Array, first: int, stop: int) -> None:
+        n = len(which)
+        _round(queries, which, cells.centres[c], cells.scale, work.queries[:n], work.squares[:n], work.residuals[:n])
+        for row in range(first, stop, ROW_TILE):
+            _tile(cells, row, min(row + ROW_TILE, stop), which, state, work)
+
+    pairs = _traverse(cells, queries, state.nearest[:, 0], look)
+    return Found(state.lows, state.highs, state.rows, state.nearest[:, 0], pairs)
+
+
+def nearest(cells: Cells, columns: Array, queries: Array, k: int, exclude: Array) -> tuple[Array, int]:
+    """The k nearest rows int64 [Q, k] of queries [Q, D], by float64 distances alone; and the pairs.
+
+    columns [D, M]: the bank's values, in the order of the cells' places.
+    """
+    distances = np.full((len(queries), k), np.inf)
+    rows = np.full((len(queries), k), np.iinfo(np.int64).max)
+    bound = np.full(len(queries), np.inf)
+
+    def look(c: int, which: Array, first: int, stop: int) -> None:
+        kernels.nearest_of_columns(queries, which, columns, first, stop, cells.order, exclude, distances, rows)
+        bound[which] = distances[which, k - 1] * (cells.scale * cells.scale * (1 + MARGIN))
+
+    pairs = _traverse(cells, queries, bound, look)
+    return rows, pairs
+
+
+def _traverse(cells: Cells, queries: Array, bound: Array, look: Callable[[int, Array, int, int], None]) -> int:
+    """Show to `look` what can matter: a cell, some queries, and the first and last + 1 place of rows. Returns the pairs.
+
+    bound [Q]: of the scaled squared k-th distance of each query, which `look` lowers as it goes.
+    """
     distances = distances_from(queries, cells.centres, cells.scale)
     order = distances.argsort(axis=1)
     lower = _least_distances(cells, distances, order[:, 0])
+    n_cells = len(cells.centres)
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(n_cells)[None], axis=1)
-    work = _Work(width, cells.rounded.dtype)
     pairs, first = 0, 0
     for stop in (1, 2, 4, n_cells):
         for c in range(n_cells):
             near = (rank[:, c] >= first) & (rank[:, c] < stop)
-            which = np.flatnonzero(near & (np.square(lower[:, c]) <= state.nearest[:, 0]))
+            which = np.flatnonzero(near & (np.square(lower[:, c]) <= bound))
             if len(which) and cells.edges[c + 1] > cells.edges[c]:
-                pairs += _visit(cells, c, queries, which, distances[which, c], state, work)
+                pairs += _visit(cells, c, which, distances[which, c], bound, look)
         first = stop
-    return Found(state.lows, state.highs, state.rows, state.nearest[:, 0], pairs)
+    return pairs
 
 
 def _least_distances(cells: Cells, distances: Array, nearest: Array) -> Array:
@@ -233,6 +267,7 @@ class _Work:
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self.queries = torch.zeros(QUERY_TILE, width, dtype=dtype)
+        self.squares, self.residuals = np.empty(QUERY_TILE), np.empty(QUERY_TILE)
         self.products = torch.empty(QUERY_TILE * ROW_TILE, dtype=dtype)
 
 
@@ -253,35 +288,30 @@ def _bounds(width: int, dtype: torch.dtype) -> tuple[float, float, float]:
     return gamma, result, 16.0 * (width + 4) * 2.0**-53
 
 
-def _visit(cells: Cells, c: int, queries: Array, which: Array, distances: Array, state: _State, work: _Work) -> int:
+def _visit(
+    cells: Cells, c: int, which: Array, distances: Array, bound: Array, look: Callable[[int, Array, int, int], None]
+) -> int:
     """Look at the rows of one cell that can matter to some queries, a tile at a time. Returns the pairs."""
     first, stop = int(cells.edges[c]), int(cells.edges[c + 1])
     # Queries whose rings begin alike share a tile, so that it holds little that none of them needs.
-    together = (distances - np.sqrt(state.nearest[which, 0])).argsort()
+    together = (distances - np.sqrt(bound[which])).argsort()
     which, distances = which[together], distances[together]
     radii = cells.radii[first:stop]
     pairs = 0
-    slip = 4 * _slip(queries.shape[1])  # of the distances, and of the order of the rows
-    squares, residuals = np.empty(QUERY_TILE), np.empty(QUERY_TILE)
+    slip = 4 * _slip(cells.centres.shape[1])  # of the distances, and of the order of the rows
     for start in range(0, len(which), QUERY_TILE):
         some, far = which[start : start + QUERY_TILE], distances[start : start + QUERY_TILE]
-        width = np.sqrt(state.nearest[some, 0])
+        width = np.sqrt(bound[some])
         # Only rows in the ring: a row's distance from the query is at least the difference of theirs from the centre.
         low = first + int(np.searchsorted(radii, (far - width).min() * (1 - MARGIN) - slip))
         high = first + int(np.searchsorted(radii, (far + width).max() * (1 + MARGIN) + slip, side="right"))
-        if low >= high:
-            continue
-        n = len(some)
-        _round(queries, some, cells.centres[c], cells.scale, work.queries[:n], squares[:n], residuals[:n])
-        for row in range(low, high, ROW_TILE):
-            _tile(cells, row, min(row + ROW_TILE, high), some, squares[:n], residuals[:n], state, work)
-        pairs += n * (high - low)
+        if low < high:
+            look(c, some, low, high)
+            pairs += len(some) * (high - low)
     return pairs
 
 
-def _tile(
-    cells: Cells, first: int, stop: int, which: Array, squares: Array, residuals: Array, state: _State, work: _Work
-) -> None:
+def _tile(cells: Cells, first: int, stop: int, which: Array, state: _State, work: _Work) -> None:
     """The product of one tile of queries with one tile of rows, and what passes from it into the state."""
     n_rows = -(-(stop - first) // SHAPE) * SHAPE
     products = work.products[: QUERY_TILE * n_rows].view(QUERY_TILE, n_rows)
@@ -292,7 +322,7 @@ def _tile(
     _, result, exact = _bounds(work.queries.shape[1], work.queries.dtype)
     bits = np.empty(kernels.RUN, np.int32)
     kernels.admit(
-        values[: len(which)], which, squares, residuals, first, cells.squares[rows], cells.squares32[rows],
+        values[: len(which)], which, work.squares, work.residuals, first, cells.squares[rows], cells.squares32[rows],
         cells.slopes[rows], cells.lengths[rows], cells.order, state.own, result, exact, state.lows, state.highs,
         state.rows, state.nearest, bits, bits.view(np.float32), is_bfloat16,
     )  # fmt: skip

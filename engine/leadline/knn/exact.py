@@ -75,8 +75,13 @@ class Bank:
             raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(_KEEP)}")
         self._centre, self._longest = _survey(rows)
         self._cells: Cells | None = None
-        if self._device.type == "cpu" and rows.shape[1] >= NARROW and cells.pays(*rows.shape):
-            self._cells = cells.cut(rows, _scale(4 * self._longest), self._centre, cells.low_precision())
+        self._columns: Array | None = None
+        if self._device.type == "cpu" and cells.pays(*rows.shape):
+            narrow = rows.shape[1] < NARROW
+            dtype = torch.float32 if narrow else cells.low_precision()
+            self._cells = cells.cut(rows, _scale(4 * self._longest), self._centre, dtype)
+            if narrow:
+                self._columns = np.ascontiguousarray(rows[:][self._cells.order].T)
 
     def search(self, queries: Array, k: int, exclude: Array | None = None) -> tuple[Array, Cost]:
         """The k nearest rows of each query by Euclidean distance in float64, ties by lower row.
@@ -104,23 +109,33 @@ class Bank:
         return np.sort(np.concatenate([chosen for chosen, _ in parts]), axis=1), cost
 
     def _search(self, queries: Array, k: int, exclude: Array) -> tuple[Array, Cost]:
-        if self._device.type == "cpu" and queries.shape[1] < NARROW:
-            return _search_narrow(self._rows, queries, k, exclude)
         longest = kernels.largest_square(queries, self._centre)
+        # The bounds of the cells are for queries at most twice as far out as the bank's rows.
+        in_cells = self._cells if longest <= 4 * self._longest else None
+        if self._device.type == "cpu" and queries.shape[1] < NARROW:
+            return _search_narrow(self._rows, in_cells, self._columns, queries, k, exclude)
         frame = _frame(self._centre, max(longest, self._longest), queries.shape[1])
-        # The bound of the cells is for queries at most twice as far out as the bank's rows.
-        if self._cells is None or longest > 4 * self._longest:
+        if in_cells is None:
             return _search_plain(self._rows, frame, queries, k, exclude, self._device)
-        return _search_cells(self._rows, self._cells, frame, queries, k, exclude)
+        return _search_cells(self._rows, in_cells, frame, queries, k, exclude)
 
 
-def _search_narrow(bank: Rows, queries: Array, k: int, exclude: Array) -> tuple[Array, Cost]:
-    """By all distances in float64: where rows are narrow that costs no more than a product and a look at its result."""
-    distances = np.full((len(queries), k), np.inf)
-    rows = np.full((len(queries), k), np.iinfo(np.int64).max)
-    for first, tile in _tiles(bank):
-        kernels.nearest_of_columns(queries, np.ascontiguousarray(tile.T), first, exclude, distances, rows)
-    return rows, Cost(pairs=len(queries) * bank.shape[0], certified=len(queries), reranked=0, fell_through=0)
+def _search_narrow(
+    bank: Rows, in_cells: Cells | None, columns: Array | None, queries: Array, k: int, exclude: Array
+) -> tuple[Array, Cost]:
+    """By float64 distances alone, which cost no more than a product and a look at its result where rows are narrow."""
+    if in_cells is not None and columns is not None:
+        rows, pairs = cells.nearest(in_cells, columns, queries, k, exclude)
+    else:
+        distances = np.full((len(queries), k), np.inf)
+        rows = np.full((len(queries), k), np.iinfo(np.int64).max)
+        every, pairs = np.arange(len(queries)), len(queries) * bank.shape[0]
+        for first, tile in _tiles(bank):
+            order = np.arange(first, first + len(tile))
+            kernels.nearest_of_columns(
+                queries, every, np.ascontiguousarray(tile.T), 0, len(tile), order, exclude, distances, rows
+            )
+    return rows, Cost(pairs=pairs, certified=len(queries), reranked=0, fell_through=0)
 
 
 def _search_cells(

@@ -321,22 +321,25 @@ def _distances_of_run(query: Array, columns: Array, start: int, stop: int, lanes
 
 @compiled
 def nearest_of_columns(
-    queries: Array, columns: Array, first_row: int, own: Array, distances: Array, rows: Array
-) -> None:
-    """Take the rows first_row … of a tile, columns [D, n], into each query's list of the nearest, all in float64."""
+    queries: Array, which: Array, columns: Array, first: int, stop: int, order: Array, exclude: Array, distances: Array,
+    rows: Array,
+) -> None:  # fmt: skip
+    """Take the places first … stop of columns [D, M] into the list of the nearest of some queries, all in float64.
+
+    order [M]: the bank's row at each place; exclude [Q]: the row that a query must not have.
+    """
     lanes, totals = np.empty((8, NARROW_RUN)), np.empty(NARROW_RUN)
-    n = columns.shape[1]
-    for i in range(queries.shape[0]):
-        last = distances.shape[1] - 1
-        for start in range(0, n, NARROW_RUN):
-            stop = min(start + NARROW_RUN, n)
-            _distances_of_run(queries[i], columns, start, stop, lanes, totals)
-            if _smallest(totals[: stop - start]) > distances[i, last]:
+    last = distances.shape[1] - 1
+    for query in which:
+        for start in range(first, stop, NARROW_RUN):
+            n = min(NARROW_RUN, stop - start)
+            _distances_of_run(queries[query], columns, start, start + n, lanes, totals)
+            if _smallest(totals[:n]) > distances[query, last]:
                 continue
-            for j in range(stop - start):
-                row = first_row + start + j
-                if totals[j] <= distances[i, last] and row != own[i]:
-                    _insert(distances[i], rows[i], totals[j], row)
+            for j in range(n):
+                row = order[start + j]
+                if totals[j] <= distances[query, last] and row != exclude[query]:
+                    _insert(distances[query], rows[query], totals[j], row)
 
 
 @compiled
