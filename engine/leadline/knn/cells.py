@@ -213,7 +213,7 @@ def nearest(cells: Cells, columns: Array, queries: Array, k: int, exclude: Array
 
 
 def _traverse(cells: Cells, queries: Array, bound: Array, look: Callable[[int, Array, int, int], None]) -> int:
-    """Show to `look` what can matter: a cell, some queries, and the first and last + 1 place of rows. Returns the pairs.
+    """Show `look` what can matter: a cell, some queries, and the first and last + 1 place of rows. Returns the pairs.
 
     bound [Q]: of the scaled squared k-th distance of each query, which `look` lowers as it goes.
     """

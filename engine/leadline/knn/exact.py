@@ -31,7 +31,7 @@ LARGEST = 1e150  # beyond it the square of a difference is no float64
 class Cost:
     """What a search did, in numbers that depend on its input alone.
 
-    pairs: query-row products screened; certified: queries whose neighbours the screen alone settled; reranked:
+    pairs: of a query and a row that were looked at; certified: queries whose neighbours the screen alone settled; reranked:
     queries with open rows among their candidates; fell_through: queries screened a second time, without a limit on
     the number of candidates.
     """
