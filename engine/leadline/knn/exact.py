@@ -29,11 +29,11 @@ LARGEST = 1e150  # beyond it the square of a difference is no float64
 
 @dataclass(frozen=True)
 class Cost:
-    """What a search did, in numbers that depend on its input alone.
+    """What a search did, in numbers that depend on its input and on the number of threads alone.
 
-    pairs: of a query and a row that were looked at; certified: queries whose neighbours the screen alone settled; reranked:
-    queries with open rows among their candidates; fell_through: queries screened a second time, without a limit on
-    the number of candidates.
+    pairs: of a query and a row that were looked at; certified: queries whose neighbours the screen alone settled;
+    reranked: queries with open rows among their candidates; fell_through: queries screened a second time, without a
+    limit on the number of candidates.
     """
 
     pairs: int
