@@ -143,10 +143,8 @@ def _search_cells(
 ) -> tuple[Array, Cost]:
     """By cells, and for the queries whose candidates they could not hold, plainly."""
     found = cells.screen(sorted_bank, queries, k, exclude, k + SPARE_OF_CELLS)
-    limit = found.nearest
-    chosen, cost, lost, _ = _settle(
-        bank, queries, k, found.lows, found.highs, found.rows, found.lows.max(axis=1) > limit
-    )
+    whole = found.lows.max(axis=1) > found.nearest
+    chosen, cost, lost = _settle(bank, queries, k, found.lows, found.highs, found.rows, whole)
     cost = replace(cost, pairs=found.pairs)
     if len(lost):
         chosen[lost], again = _search_plain(bank, frame, queries[lost], k, exclude[lost], "cpu")
@@ -172,7 +170,7 @@ def _search_plain(
     high = low + np.where(row >= 0, slack, 0.0)
     limit = np.partition(high, k - 1, axis=1)[:, k - 1]
     whole = (low.max(axis=1) > limit) | (size == n_bank)
-    chosen, cost, lost, _ = _settle(bank, queries, k, low, high, row, whole)
+    chosen, cost, lost = _settle(bank, queries, k, low, high, row, whole)
     if len(lost):
         chosen[lost] = _rank_lost(bank, frame, queries[lost], rounded[lost], exclude[lost], limit[lost], k, device)
     return chosen, replace(cost, pairs=len(queries) * n_bank)
@@ -180,17 +178,16 @@ def _search_plain(
 
 def _settle(
     bank: Rows, queries: Array, k: int, lows: Array, highs: Array, rows: Array, whole: Array
-) -> tuple[Array, Cost, Array, Array]:
+) -> tuple[Array, Cost, Array]:
     """The neighbours [Q, k] of the queries whose candidates are whole; the cost; the queries that are not."""
     n_queries = len(queries)
     chosen = np.empty(rows.shape, np.int64)
     n_sure, n_open = np.zeros(n_queries, np.int64), np.zeros(n_queries, np.int64)
-    limit = np.empty(n_queries)
-    kernels.classify(lows, highs, rows, k, whole, chosen, n_sure, n_open, limit)
+    kernels.classify(lows, highs, rows, k, whole, chosen, n_sure, n_open)
     doubtful, lost = np.flatnonzero(n_open > 0), np.flatnonzero(n_open < 0)
     _rank_doubtful(bank, queries, doubtful, chosen, n_sure, n_open, k)
     cost = Cost(0, n_queries - len(doubtful) - len(lost), len(doubtful), len(lost))
-    return chosen[:, :k], cost, lost, limit
+    return chosen[:, :k], cost, lost
 
 
 def by_distance(bank: Rows, queries: Array, rows: Array) -> tuple[Array, Array]:

@@ -136,20 +136,19 @@ def classify(
     chosen: Array,
     n_sure: Array,
     n_open: Array,
-    limit: Array,
 ) -> None:
     """Sort the candidates of each query into surely in, open and surely out.
 
     A candidate's true score lies between its low and its high. `chosen[i]` gets the n_sure[i] sure rows and then the
     n_open[i] open ones; n_open is 0 where the k nearest are certain, -1 where `whole[i]` says that the candidates may
-    not hold them all. `limit[i]` is a bound on the k-th true score.
+    not hold them all.
     """
     size = rows.shape[1]
     for i in range(rows.shape[0]):
-        limit[i] = np.sort(highs[i])[k - 1]
         if not whole[i]:
             n_open[i] = -1
             continue
+        limit = np.sort(highs[i])[k - 1]  # the k-th true score is no higher
         order = np.sort(lows[i])
         sure = 0
         for c in range(size):
@@ -161,7 +160,7 @@ def classify(
         opened = 0
         if sure < k:
             for c in range(size):
-                if rows[i, c] < 0 or lows[i, c] > limit[i] or k >= size or order[k] > highs[i, c]:
+                if rows[i, c] < 0 or lows[i, c] > limit or k >= size or order[k] > highs[i, c]:
                     continue
                 chosen[i, sure + opened] = rows[i, c]
                 opened += 1
