@@ -10,13 +10,20 @@ NARROW_RUN = 256  # rows whose distances are computed side by side
 RUN = 64  # scores that are reduced to their minimum before any is looked at alone
 
 
+# Apart, and without fastmath: callers may add in any order, but each coordinate is one difference, rounded, times a
+# power of two. Multiplied out it would lose what an offset hides.
+@compiled
+def _scaled(value: float, centre_of_it: float, scale: float) -> float:
+    return (np.float64(value) - centre_of_it) * scale
+
+
 @compiled
 def centre(rows: Array, centre_of_bank: Array, scale: float, rounded: Array, norms: Array) -> None:
     """rounded[i] = float32(scale * (rows[i] - centre)), norms[i] = the float64 squared norm of what was rounded."""
     for i in range(rows.shape[0]):
         norm = 0.0
         for j in range(rows.shape[1]):
-            value = np.float32((np.float64(rows[i, j]) - centre_of_bank[j]) * scale)
+            value = np.float32(_scaled(rows[i, j], centre_of_bank[j], scale))
             rounded[i, j] = value
             norm += np.float64(value) * np.float64(value)
         norms[i] = norm
@@ -38,7 +45,7 @@ def round_to_bfloat16(
         row = rows[which[i]]
         square = 0.0
         for j in range(width):
-            value = (np.float64(row[j]) - centre_of_cell[j]) * scale
+            value = _scaled(row[j], centre_of_cell[j], scale)
             square += value * value
             floats[j] = np.float32(value)
         squares[i] = square
@@ -48,7 +55,7 @@ def round_to_bfloat16(
             bits[j] = np.int32(up & np.int32(-65536))
         lost = 0.0
         for j in range(width):
-            value = np.float32((np.float64(row[j]) - centre_of_cell[j]) * scale)
+            value = np.float32(_scaled(row[j], centre_of_cell[j], scale))
             difference = np.float64(value) - np.float64(floats[j])
             lost += difference * difference
         residuals[i] = lost
@@ -63,7 +70,7 @@ def round_to_float32(
         row = rows[which[i]]
         square = 0.0
         for j in range(row.shape[0]):
-            value = (np.float64(row[j]) - centre_of_cell[j]) * scale
+            value = _scaled(row[j], centre_of_cell[j], scale)
             rounded[i, j] = np.float32(value)
             square += value * value
         squares[i] = square
