@@ -5,28 +5,44 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numba import njit
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 import leadline
 from leadline import LeadlineError
-from leadline.knn import Bank, cells, exact
+from leadline.knn import Bank, count_votes, exact, kernels, plain, product, screen
+from leadline.knn.arrays import Shards
 from leadline.knn.distance import squared_distance
 
+WAYS = {
+    # What is patched in leadline.knn.screen so that a small bank is searched as a large one would be.
+    "as it comes": {},
+    "cells": {"SAMPLE": 64, "WORTH": 2},
+    "cells in float32": {"SAMPLE": 64, "WORTH": 2, "low_precision": lambda: torch.float32},
+    "projected": {"SAMPLE": 64, "WIDTHS": (2, 5), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 4},
+    "projected in float32": {
+        "SAMPLE": 64, "WIDTHS": (3,), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 6,
+        "low_precision": lambda: torch.float32,
+    },
+    "in tiles": {},
+}  # fmt: skip
 
-def search(bank, queries, k, exclude=None):
-    return Bank(bank).search(queries, k, exclude)
 
-
-@pytest.fixture(params=["as it comes", "plain", "cells", "cells in float32", "narrow", "narrow in cells"])
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Each of the ways that a search can go, whatever the size of the bank and the processor."""
+    """Each of the ways that a search can go, whatever the size of the bank and the processor; `search` follows it."""
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(screen, name, value)
     if request.param != "as it comes":
-        # All distances side by side are for rows of up to 128 values.
-        monkeypatch.setattr(exact, "NARROW", 129 if "narrow" in request.param else 1)
-    monkeypatch.setattr(cells, "SMALLEST", 1 if "cells" in request.param else 10**9)
-    dtype = torch.float32 if request.param == "cells in float32" else torch.bfloat16
-    monkeypatch.setattr(cells, "low_precision", lambda: dtype)
+        # Measured in the rows' own precision first, whatever their width.
+        monkeypatch.setattr(exact, "NARROW", 1)
+    if request.param != "in tiles":
+        return lambda bank, queries, k, exclude=None: Bank(bank).search(queries, k, exclude)
+    monkeypatch.setattr(kernels, "BLOCK", 48)
+    return lambda bank, queries, k, exclude=None: Bank(
+        Shards([bank[: len(bank) // 3], bank[len(bank) // 3 :]]), memory_budget=1
+    ).search(queries, k, exclude)
 
 
 def brute_force(bank, queries, k, exclude=None):
@@ -95,7 +111,7 @@ def test_neighbours_are_those_of_float64_brute_force(way, name, leave_out):
     bank = hard_inputs()[name]
     queries = bank[:200]
     exclude = np.arange(len(queries)) if leave_out else None
-    found, cost = search(bank, queries, 30, exclude)
+    found, cost = way(bank, queries, 30, exclude)
     np.testing.assert_array_equal(found, brute_force(bank, queries, 30, exclude))
     assert cost.certified + cost.reranked + cost.fell_through == len(queries)
 
@@ -122,8 +138,11 @@ def test_votes_of_any_input_are_those_of_brute_force(
     labels = random.integers(0, 4, n_bank)
     exclude = random.integers(-1, n_bank, n_queries)
     k = min(k, n_bank - 1)
+    found, _ = way(bank, queries, k, exclude)
+    expected = brute_force(bank, queries, k, exclude)
+    np.testing.assert_array_equal(found, expected)
     votes = leadline.knn_votes(bank, labels, queries, k=k, exclude=exclude)
-    np.testing.assert_array_equal(stacked(votes), slow_votes(labels, brute_force(bank, queries, k, exclude)))
+    np.testing.assert_array_equal(stacked(votes), slow_votes(labels, expected))
 
 
 @pytest.mark.parametrize(
@@ -165,57 +184,67 @@ def test_leave_one_out_equals_scikit_learn_without_the_point():
         assert votes.winner[i] == classifier.predict(data[i : i + 1].astype(np.float64))[0]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("tiles", [(512, 4096), (7, 64), (64, 130)])
-def test_tiles_and_threads_do_not_change_the_answer(way, monkeypatch, threads, tiles):
+@pytest.mark.parametrize("far", [1e3, 1e12, 1e35])
+def test_queries_far_from_the_bank_are_answered(way, far):
+    random = np.random.default_rng(10)
+    bank = random.standard_normal((1000, 70)).astype(np.float32)
+    queries = (bank[:60] * far).astype(np.float32)
+    found, _ = way(bank, queries, 30)
+    np.testing.assert_array_equal(found, brute_force(bank, queries, 30))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_answer(way, threads):
     random = np.random.default_rng(3)
     bank = random.integers(0, 5, (700, 9)).astype(np.float32)
-    expected = brute_force(bank, bank[:300], 30)
-    monkeypatch.setattr(exact, "QUERY_TILE", tiles[0])
-    monkeypatch.setattr(exact, "BANK_TILE", tiles[1])
-    monkeypatch.setattr(cells, "QUERY_TILE", tiles[0])
-    monkeypatch.setattr(cells, "ROW_TILE", 1024 if tiles[1] == 4096 else 128)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found, _ = search(bank, bank[:300], 30)
+        found, _ = way(bank, bank[:300], 30)
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found, brute_force(bank, bank[:300], 30))
 
 
-@pytest.mark.parametrize("name", ["plain", "saturated softmax", "duplicated", "small integers", "offset by 1e4"])
-def test_selection_by_torch_gives_the_same_neighbours(monkeypatch, name):
-    # The selection that a GPU uses, run here on the CPU.
-    monkeypatch.setitem(exact._KEEP, "cpu", exact._keep_on_gpu)
-    monkeypatch.setattr(exact, "NARROW", 1)
+@pytest.mark.parametrize("name", hard_inputs())
+@pytest.mark.parametrize("tiles", [(512, 4096), (7, 64)])
+def test_plain_search_finds_the_same_neighbours(monkeypatch, name, tiles):
+    # What a GPU does, run here on the CPU.
+    monkeypatch.setattr(plain, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(plain, "BANK_TILE", tiles[1])
     bank = hard_inputs()[name]
-    found, _ = search(bank, bank[:100], 30)
-    np.testing.assert_array_equal(found, brute_force(bank, bank[:100], 30))
+    ready = Bank(bank)
+    own = np.arange(100) % len(bank)
+    found, counts = plain.search(bank, ready._centre, ready._longest, bank[own], 30, own, torch.device("cpu"))
+    np.testing.assert_array_equal(np.sort(found, axis=1), brute_force(bank, bank[own], 30, own))
+    assert sum(counts) == 100
 
 
 def test_fast_matmul_settings_do_not_change_the_answer(way):
     bank = hard_inputs()["offset by 1e4"]
     torch.set_float32_matmul_precision("medium")
     try:
-        found, _ = search(bank, bank[:200], 30)
+        found, _ = way(bank, bank[:200], 30)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
     np.testing.assert_array_equal(found, brute_force(bank, bank[:200], 30))
 
 
-def test_bound_holds_for_every_pair():
-    """score <= true score <= score + slack, for the rows and queries of hard inputs, in exact rational terms."""
-    for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny"):
+BOUNDED = ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny", "near ties")
+
+
+def test_bound_of_the_plain_search_holds_for_every_pair():
+    """score <= true score <= score + slack, for the rows and queries of hard inputs, in extended precision."""
+    for name in BOUNDED:
         bank = hard_inputs()[name]
         queries = bank[:40]
-        centre, longest = exact._survey(bank)
-        frame = exact._frame(centre, longest, bank.shape[1])
+        ready = Bank(bank)
+        frame = plain._frame(ready._centre, ready._longest, bank.shape[1])
         rounded, norms = frame.place(queries)
         slack = np.empty(len(bank))
         nobody = np.full(len(queries), -1)
-        tiles = exact._screen(bank, frame, rounded, nobody, slack, "cpu")
+        tiles = plain._screen(bank, frame, rounded, nobody, slack, torch.device("cpu"))
         scores = np.concatenate([scores.numpy().copy() for _, _, scores in tiles], axis=1).astype(np.longdouble)
         wide = (bank.astype(np.longdouble) - frame.centre) * frame.scale
         true = np.square(wide[:40, None] - wide[None]).sum(axis=2) - np.square(wide[:40]).sum(axis=1)[:, None]
@@ -225,23 +254,105 @@ def test_bound_holds_for_every_pair():
         assert (true <= scores + slack + error).all(), name
 
 
+@njit
+def reached(packed, values, panel, bias, thresholds):
+    """Bit j of [i]: as `product.reach` has it for the queries 0 to GROUP - 1."""
+    masks = np.zeros(product.GROUP, product.WORD)
+    product.reach(packed, 0, values, panel, bias, thresholds, masks)
+    return masks
+
+
+def bits(masks):
+    return np.array([[int(mask) >> j & 1 for j in range(product.PANEL)] for mask in masks], bool)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bounds_of_cells_hold_for_every_candidate(monkeypatch, dtype):
-    """low <= true squared distance <= high, in extended precision, for what the products of hard inputs let through."""
-    for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny", "near ties"):
+@pytest.mark.parametrize("width", [1, 2, 10, 33, 300])
+def test_products_reach_what_they_reach_in_float64(dtype, width):
+    if dtype == torch.bfloat16 and not product.HAS_BFLOAT16:
+        pytest.skip("this processor does not multiply bfloat16")
+    random = np.random.default_rng(width)
+    bank = torch.from_numpy(random.standard_normal((3 * product.PANEL, width + width % 2))).to(dtype)
+    queries = torch.from_numpy(random.standard_normal((product.GROUP, width + width % 2))).to(dtype)
+    together = 2 if dtype == torch.bfloat16 else 1
+    values = bank.view(3, product.PANEL, -1, together).permute(0, 2, 1, 3).reshape(3, -1, product.PANEL * together)
+    seen = torch.int16 if dtype == torch.bfloat16 else torch.float32
+    bias = random.standard_normal((3, product.PANEL)).astype(np.float32)
+    thresholds = random.standard_normal(product.GROUP).astype(np.float32)
+    for panel in range(3):
+        masks = reached(queries.view(seen).numpy(), values.contiguous().view(seen).numpy(), panel, bias, thresholds)
+        rows = bank.view(3, product.PANEL, -1)[panel].double()
+        sums = (queries.double() @ rows.T).numpy() + bias[panel]
+        clear = np.abs(sums - thresholds[:, None]) > 1e-4
+        assert clear.mean() > 0.9
+        np.testing.assert_array_equal(bits(masks)[clear], (sums >= thresholds[:, None])[clear])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_pair_within_the_limit_is_left_out(monkeypatch, dtype):
+    """With the true distance of a pair as the limit, its product reaches the threshold: in extended precision."""
+    if dtype == torch.bfloat16 and not product.HAS_BFLOAT16:
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(screen, "low_precision", lambda: dtype)
+    left_out = tried = 0
+    for name in BOUNDED:
         bank = hard_inputs()[name]
-        queries = bank[:60]
-        centre, longest = exact._survey(bank)
-        scale = exact._scale(4 * longest)
-        cut = cells.cut(bank, scale, centre, dtype)
-        size = min(100, len(bank))
-        found = cells.screen(cut, queries, 10, np.full(len(queries), -1), size)
-        there = found.rows >= 0
-        differences = (queries[:, None].astype(np.longdouble) - bank[found.rows]) * scale
-        true = np.square(differences).sum(axis=2)
-        assert there.sum() >= 10 * len(queries)
-        assert (found.lows <= true)[there].all(), name
-        assert (true <= found.highs)[there].all(), name
+        ready = Bank(bank)
+        cells = screen._cut(bank, ready._centre, ready._scale, 3)
+        width = cells.values.shape[1] * cells.values.shape[2] // product.PANEL
+        placed = [(bank.astype(np.longdouble) - centre) * ready._scale for centre in cells.centres]
+        for c in range(3):
+            packed = np.zeros((product.GROUP, width), cells.values.dtype)
+            floats = np.empty(bank.shape[1], np.float32)
+            for query in range(0, 60, 7):
+                alpha, lost = kernels._round(bank[query], cells.centres[c], ready._scale, floats, packed[0])
+                for panel in range(cells.first[c], min(cells.first[c] + 2, cells.first[c + 1])):
+                    rows = cells.order[panel * product.PANEL : (panel + 1) * product.PANEL]
+                    there = np.flatnonzero(rows >= 0)
+                    true = np.sqrt(np.square(placed[c][rows[there]] - placed[c][query]).sum(axis=1))
+                    for share in (1, 0.99):
+                        for j, distance in zip(there, true, strict=True):
+                            limit = share * float(distance)
+                            threshold = kernels._threshold(cells, c, alpha, lost, limit * (1 + 1e-15))
+                            masks = reached(packed, cells.values, panel, cells.bias, np.full(8, threshold, np.float32))
+                            if share == 1:
+                                assert bits(masks)[0, j], (name, query, j)
+                            else:
+                                tried += 1
+                                left_out += not bits(masks)[0, j]
+    assert left_out > 0.1 * tried  # and the bound is not empty
+
+
+def test_projections_lengthen_nothing():
+    for name in (*BOUNDED, "float64"):
+        bank = hard_inputs()[name]
+        ready = Bank(bank)
+        matrix = torch.linalg.qr(torch.randn(bank.shape[1], 4, generator=torch.Generator().manual_seed(0))).Q
+        axes = screen._contraction(matrix.contiguous())
+        lengths = np.empty(len(bank))
+        points = screen._project(bank, ready._centre, ready._scale, axes, lengths).astype(np.longdouble)
+        placed = (bank.astype(np.longdouble) - ready._centre) * ready._scale
+        assert (np.sqrt(np.square(placed).sum(axis=1)) <= lengths * (1 + 1e-9)).all()
+        for i in range(0, 60, 7):
+            true = np.sqrt(np.square(placed - placed[i]).sum(axis=1))
+            seen = np.sqrt(np.square(points - points[i]).sum(axis=1))
+            assert (seen <= axes.grow * true + axes.slip * (lengths + lengths[i])).all(), name
+            # A vector within the plane is not shortened either.
+        inside = (matrix @ torch.randn(4, 50)).T.numpy()
+        seen = screen._project(inside, np.zeros(len(matrix)), 1.0, axes, np.empty(50))
+        np.testing.assert_allclose(np.linalg.norm(seen, axis=1), np.linalg.norm(inside, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 100, 5000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_measured_distances_err_by_no_more_than_they_say(width, dtype):
+    random = np.random.default_rng(width)
+    rows = ((random.standard_normal((200, width)) + 1e3) * 1e-3).astype(dtype)
+    error = screen.error_of(width, dtype == np.float64, exact=False)
+    for row in rows[1:]:
+        true = np.square(rows[0].astype(np.longdouble) - row).sum()
+        assert abs(kernels._measure(rows[0], row, 1.0, np.inf) - true) <= error * true
+        assert kernels._measure(rows[0], row, 1.0, float(true) / 2) == np.inf or width <= kernels.CHUNK
 
 
 def test_distance_is_numpys_float64_bit_for_bit():
@@ -288,6 +399,9 @@ def test_ties_of_the_vote_go_to_the_lower_class():
         ({"bank": np.zeros(40)}, "bank: 1 dimensions"),
         ({"bank": np.array([["a", "b"]] * 40)}, "real numbers"),
         ({"device": "meta"}, "device: meta"),
+        ({"k": [3, 5], "winners_only": True}, "winners_only"),
+        ({"return_neighbours": True, "winners_only": True}, "winners_only"),
+        ({"bank": [np.zeros((20, 2)), np.full((20, 2), np.inf)]}, "bank row 20.*not finite"),
     ],
 )
 def test_bad_input_is_named(change, words):
@@ -332,8 +446,60 @@ def test_the_graph_serves_scikit_learn_as_a_precomputed_one():
     np.testing.assert_allclose(graph.toarray(), expected.toarray(), rtol=1e-6)
 
 
-def test_a_large_k_is_answered():
+def test_a_large_k_is_answered(way):
     random = np.random.default_rng(9)
     bank = random.standard_normal((1500, 8)).astype(np.float32)
-    found, _ = search(bank, bank[:30], 1000, np.arange(30))
+    found, _ = way(bank, bank[:30], 1000, np.arange(30))
     np.testing.assert_array_equal(found, brute_force(bank, bank[:30], 1000, np.arange(30)))
+
+
+@pytest.mark.parametrize("name", hard_inputs())
+def test_winners_alone_are_those_of_the_whole_vote(way, monkeypatch, name):
+    # A coarse measure leaves many rows open.
+    real = screen.error_of
+    monkeypatch.setattr(exact, "error_of", lambda *a, **b: max(real(*a, **b), 0.03))
+    bank = hard_inputs()[name]
+    labels = np.random.default_rng(0).integers(0, 4, len(bank)) * 3
+    ready = Bank(bank)
+    codes = np.unique(labels, return_inverse=True)[1]
+    rows, cost = ready.search(bank[:150], 10, np.arange(150) % 80, winners_of=codes)
+    expected = slow_votes(labels, brute_force(bank, bank[:150], 10, np.arange(150) % 80))
+    np.testing.assert_array_equal(count_votes(labels[rows]).winner, expected[:, 0])
+    _, whole = ready.search(bank[:150], 10, np.arange(150) % 80)
+    assert cost.reranked <= whole.reranked
+
+
+def test_winners_alone_need_less():
+    random = np.random.default_rng(11)
+    bank = np.concatenate([random.standard_normal((500, 70)) + 4 * c for c in range(3)]).astype(np.float32)
+    bank = np.round(bank * 2) / 2  # near ties
+    labels = np.arange(1500) // 500
+    votes = leadline.knn_votes(bank, labels, bank, k=10, winners_only=True)
+    whole = leadline.knn_votes(bank, labels, bank, k=10)
+    np.testing.assert_array_equal(votes.winner, whole.winner)
+    assert (votes.winner_votes == -1).all()
+    assert (votes.runner_up == -1).all()
+    ready = Bank(bank.astype(np.float32))
+    assert ready.search(bank, 10)[1].reranked > 100
+    assert ready.search(bank, 10, winners_of=labels)[1].reranked < 10
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_banks_and_queries_may_lie_in_files(tmp_path, dtype):
+    random = np.random.default_rng(12)
+    bank = random.standard_normal((9000, 70)).astype(dtype)
+    labels = random.integers(0, 5, 9000)
+    np.save(tmp_path / "whole.npy", bank)
+    for i, part in enumerate(np.split(bank, [10, 4000])):
+        np.save(tmp_path / f"{i}.npy", part)
+    whole = np.load(tmp_path / "whole.npy", mmap_mode="r")
+    shards = [np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(3)]
+    expected = slow_votes(labels, brute_force(bank, bank[:100], 30, np.arange(100)))
+    for rows in (whole, shards):
+        for budget in (1, 1 << 20, 1 << 30):
+            asked = rows if isinstance(rows, list) else rows[:100]
+            found = leadline.knn_votes(
+                rows, labels, [*shards[:1], shards[1][:90]] if asked is rows else asked, k=30, exclude=np.arange(100),
+                memory_budget=budget,
+            )  # fmt: skip
+            np.testing.assert_array_equal(stacked(found), expected)

@@ -1,136 +1,450 @@
 """Compiled loops of the exact search. Each works on a range of queries and releases the interpreter's lock."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from leadline.knn.arrays import Array
 from leadline.knn.distance import compiled, squared_distance
+from leadline.knn.product import GROUP, PANEL, WORD, lowest_bit, reach
 
-NARROW_RUN = 256  # rows whose distances are computed side by side
-RUN = 64  # scores that are reduced to their minimum before any is looked at alone
+FLOAT32 = 2.0**-24  # unit roundoff
+MARGIN = 1e-6  # of float32 and float64 arithmetic on bounds, beside which it is negligible
+UNDERFLOW = 1e-30  # of anything that float32 rounds to zero, once the longest row has length 1
+FAR = 1e60  # squared length of a query whose products may overflow: it is compared with every row
+CHUNK = 512  # squares that are added up in the rows' own precision, before float64 takes them over
+BLOCK = 40 * GROUP  # queries that are rounded together
+CACHED = 1 << 18  # bytes of panels that stay in the processor's cache while a block of queries goes over them
+ALL_BITS = np.int64(-1 if PANEL == 64 else (1 << PANEL) - 1)
+NEAREST = 4  # cells that a query visits before it asks which others matter
+
+# Lengths are bounds, rounded up by those who use them: their sums may be taken in any order.
+_any_order = njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz", "contract"})
+
+
+class Cells(NamedTuple):
+    """Bank rows in panels of PANEL, sorted by cell and in it by distance from its centre; see `leadline.knn.screen`.
+
+    order int64 [P * PANEL]: the bank's row at each place, -1 for none; first int64 [C + 1]: each cell's first panel;
+    centres float64 [C, m]; scale: of coordinates; radii float64 [C]: the longest row; apart float64 [C, C]: distances
+    of centres; inner, outer float64 [P]: the least and largest length in each panel; values: the panels as
+    `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, rounded up; residuals, lengths
+    float64 [C]: the largest of what rounding took away from a row, and of the rounded rows' lengths. slip: squared
+    distances from centres are off by at most slip * (1 + the squared length of the vector).
+    """
+
+    order: Array
+    first: Array
+    centres: Array
+    scale: float
+    radii: Array
+    apart: Array
+    inner: Array
+    outer: Array
+    values: Array
+    bias: Array
+    residuals: Array
+    lengths: Array
+    slip: float
+
+
+class Question(NamedTuple):
+    """Q queries. points [Q, m]: as the cells see them; queries [Q, D]: as they were given; own int64 [Q]: the bank row
+    that each must not have; to_centres float64 [C, Q]: distances; near int64 [Q, NEAREST]: the nearest cells; lengths
+    float64 [Q]: squared, from the middle of the centres; grow, slips float64 [Q]: a distance between points is at most
+    grow times the scaled distance of their queries, and a slip. exact: measured in float64, in the units of the rows;
+    else in the rows' precision, scaled by scale, to within error of itself. unit: from measured squared distances to
+    scaled ones. k: neighbours.
+    """
+
+    points: Array
+    queries: Array
+    own: Array
+    to_centres: Array
+    near: Array
+    lengths: Array
+    grow: float
+    slips: Array
+    exact: bool
+    scale: float
+    error: float
+    unit: float
+    k: int
 
 
 # Apart, and without fastmath: callers may add in any order, but each coordinate is one difference, rounded, times a
 # power of two. Multiplied out it would lose what an offset hides.
 @compiled
-def _scaled(value: float, centre_of_it: float, scale: float) -> float:
-    return (np.float64(value) - centre_of_it) * scale
+def _scaled(value: float, centre: float, scale: float) -> float:
+    return (np.float64(value) - centre) * scale
 
 
 @compiled
-def centre(rows: Array, centre_of_bank: Array, scale: float, rounded: Array, norms: Array) -> None:
-    """rounded[i] = float32(scale * (rows[i] - centre)), norms[i] = the float64 squared norm of what was rounded."""
+def _scaled_difference(a: float, b: float, scale: float) -> float:
+    return (a - b) * scale
+
+
+@compiled
+def place(rows: Array, centre: Array, scale: float, placed: Array) -> None:
+    """placed[i] = float32(scale * (rows[i] - centre))."""
     for i in range(rows.shape[0]):
-        norm = 0.0
         for j in range(rows.shape[1]):
-            value = np.float32(_scaled(rows[i, j], centre_of_bank[j], scale))
-            rounded[i, j] = value
-            norm += np.float64(value) * np.float64(value)
-        norms[i] = norm
+            placed[i, j] = np.float32(_scaled(rows[i, j], centre[j], scale))
 
 
-# Lengths are bounds, rounded up by those who use them: their sums may be taken in any order.
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz", "contract"})
-def round_to_bfloat16(
-    rows: Array, which: Array, centre_of_cell: Array, scale: float, bits: Array, floats: Array, rounded: Array,
-    squares: Array, residuals: Array,
-) -> None:  # fmt: skip
-    """rounded[i] = the bits of bfloat16(scale * (rows[which[i]] - centre)), to nearest even.
-
-    squares[i]: the squared length before rounding; residuals[i]: the squared length of what was lost. bits int32 [D]
-    and floats float32 [D] are one buffer seen in two ways.
-    """
-    width = rows.shape[1]
-    for i in range(which.shape[0]):
-        row = rows[which[i]]
-        square = 0.0
-        for j in range(width):
-            value = _scaled(row[j], centre_of_cell[j], scale)
-            square += value * value
-            floats[j] = np.float32(value)
-        squares[i] = square
-        for j in range(width):
-            up = bits[j] + np.int32(0x7FFF) + ((bits[j] >> np.int32(16)) & np.int32(1))
-            rounded[i, j] = np.int16(up >> np.int32(16))
-            bits[j] = np.int32(up & np.int32(-65536))
-        lost = 0.0
-        for j in range(width):
-            value = np.float32(_scaled(row[j], centre_of_cell[j], scale))
-            difference = np.float64(value) - np.float64(floats[j])
-            lost += difference * difference
-        residuals[i] = lost
-
-
-@compiled
-def round_to_float32(
-    rows: Array, which: Array, centre_of_cell: Array, scale: float, rounded: Array, squares: Array
-) -> None:
-    """rounded[i] = float32(scale * (rows[which[i]] - centre)), squares[i] = its squared length before rounding."""
-    for i in range(which.shape[0]):
-        row = rows[which[i]]
-        square = 0.0
-        for j in range(row.shape[0]):
-            value = _scaled(row[j], centre_of_cell[j], scale)
-            rounded[i, j] = np.float32(value)
-            square += value * value
-        squares[i] = square
-
-
-@compiled
-def largest_square(rows: Array, centre_of_bank: Array) -> float:
+@_any_order
+def largest_square(rows: Array, centre: Array) -> float:
     """The largest squared distance of a row from the centre, in float64."""
     largest = 0.0
     for i in range(rows.shape[0]):
         norm = 0.0
         for j in range(rows.shape[1]):
-            difference = np.float64(rows[i, j]) - centre_of_bank[j]
+            difference = _scaled(rows[i, j], centre[j], 1.0)
             norm += difference * difference
         largest = max(largest, norm)
     return largest
 
 
+@_any_order
+def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Array) -> tuple[float, float]:
+    """packed = scale * (point - centre), to bfloat16 (its bits) where packed is int16 [K], else to float32 [K].
+
+    Returns the squared length before rounding and no less than the length of what was lost. floats float32 [m]: for use
+    here. What of `packed` lies beyond the point's m values is left alone.
+    """
+    width = point.shape[0]
+    square = 0.0
+    for j in range(width):
+        value = _scaled(point[j], centre[j], scale)
+        square += value * value
+        floats[j] = np.float32(value)
+    lost = 0.0
+    if packed.itemsize == 2:
+        bits = floats.view(np.int32)
+        for j in range(width):
+            # To the nearest, of two the even one.
+            up = bits[j] + np.int32(0x7FFF) + ((bits[j] >> np.int32(16)) & np.int32(1))
+            packed[j] = np.int16(up >> np.int32(16))
+            bits[j] = np.int32(up & np.int32(-65536))
+        for j in range(width):
+            difference = np.float64(np.float32(_scaled(point[j], centre[j], scale))) - np.float64(floats[j])
+            lost += difference * difference
+    else:
+        for j in range(width):
+            packed[j] = floats[j]
+    return square, (np.sqrt(lost) + FLOAT32 * np.sqrt(square)) * (1 + MARGIN)
+
+
 @compiled
-def _sift(values: Array, rows: Array, value: float, row: int) -> None:
-    """Replace the root of a max-heap."""
-    size = values.shape[0]
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        if child + 1 < size and values[child + 1] > values[child]:
-            child += 1
-        if values[child] <= value:
-            break
-        values[place] = values[child]
-        rows[place] = rows[child]
-        place = child
-    values[place] = value
+def fill(
+    points: Array, centres: Array, scale: float, order: Array, first: Array, values: Array, bias: Array, inner: Array,
+    outer: Array, residuals: Array, lengths: Array,
+) -> None:  # fmt: skip
+    """Round the rows of every cell into its panels; the names are those of `Cells`. values: all zero before."""
+    width = values.shape[1] * values.shape[2] // PANEL
+    together = values.shape[2] // PANEL  # values of a row side by side
+    packed, floats = np.zeros(width, values.dtype), np.empty(points.shape[1], np.float32)
+    for c in range(centres.shape[0]):
+        for panel in range(first[c], first[c + 1]):
+            for i in range(PANEL):
+                row = order[panel * PANEL + i]
+                if row < 0:
+                    bias[panel, i] = -np.inf
+                    continue
+                square, lost = _round(points[row], centres[c], scale, floats, packed)
+                for j in range(width):
+                    values[panel, j // together, i * together + j % together] = packed[j]
+                length = np.sqrt(square)
+                bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
+                inner[panel] = min(inner[panel], length * (1 - MARGIN))
+                outer[panel] = max(outer[panel], length * (1 + MARGIN))
+                residuals[c] = max(residuals[c], lost)
+                lengths[c] = max(lengths[c], length + lost)
+
+
+@_any_order
+def _sum_of_squares(query: Array, row: Array, scale: float) -> float:
+    total, factor = query.dtype.type(0), query.dtype.type(scale)
+    for j in range(query.shape[0]):
+        difference = _scaled_difference(query[j], row[j], factor)
+        total += difference * difference
+    return total
+
+
+@compiled
+def _measure(query: Array, row: Array, scale: float, limit: float) -> float:
+    """The scaled squared distance, or infinity where it is above the limit."""
+    total = 0.0
+    for start in range(0, query.shape[0], CHUNK):
+        stop = min(start + CHUNK, query.shape[0])
+        total += np.float64(_sum_of_squares(query[start:stop], row[start:stop], scale))
+        if total > limit:
+            return np.inf
+    return total
+
+
+@compiled
+def _insert(distances: Array, rows: Array, distance: float, row: int) -> None:
+    """Insert into a list kept in the order of (distance, row); its last entry is dropped."""
+    last = rows.shape[0] - 1
+    if distance > distances[last] or (distance == distances[last] and row > rows[last]):
+        return
+    place = last
+    while place > 0 and (
+        distances[place - 1] > distance or (distances[place - 1] == distance and rows[place - 1] > row)
+    ):
+        distances[place] = distances[place - 1]
+        rows[place] = rows[place - 1]
+        place -= 1
+    distances[place] = distance
     rows[place] = row
 
 
-# The minimum of a run is the one place where the order of operations does not matter: there are no NaN.
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _smallest(scores: Array) -> float:
-    low = scores[0]
-    for j in range(1, scores.shape[0]):
-        low = min(low, scores[j])
-    return low
+@compiled
+def _limit(ask: Question, query: int, distances: Array) -> float:
+    """No point of the k nearest rows is farther from the query's point than this."""
+    kth = distances[query, ask.k - 1] * ask.unit * (1 + ask.error) + UNDERFLOW
+    return np.sqrt(kth) * ask.grow * (1 + 1e-9) + ask.slips[query]
 
 
 @compiled
-def keep_smallest(scores: Array, first_row: int, lows: Array, rows: Array) -> None:
-    """Take the scores [Q, M] of bank rows first_row … into the max-heaps lows [Q, C] and rows [Q, C]."""
-    for i in range(scores.shape[0]):
-        top = lows[i, 0]
-        for start in range(0, scores.shape[1], RUN):
-            stop = min(start + RUN, scores.shape[1])
-            if _smallest(scores[i, start:stop]) >= top:
-                continue
-            for j in range(start, stop):
-                if scores[i, j] < top:
-                    _sift(lows[i], rows[i], scores[i, j], first_row + j)
-                    top = lows[i, 0]
+def _threshold(cells: Cells, c: int, alpha: float, lost: float, limit: float) -> np.float32:
+    """What the product less half the row's squared length reaches if the points are within the limit.
+
+    alpha: the squared length of the query's point about the cell's centre; lost: what rounding took from it. The terms
+    are those of docs/decisions/0004-screen.md.
+    """
+    if limit == np.inf or alpha > FAR:
+        return np.float32(-np.inf)
+    length, width = np.sqrt(alpha), cells.values.shape[1] * cells.values.shape[2] // PANEL
+    of_rounding = lost * cells.lengths[c] + length * cells.residuals[c]
+    gamma = (width + 8) * FLOAT32 * (1 + MARGIN)
+    of_sum = gamma * ((length + lost) * cells.lengths[c] + 0.5 * cells.lengths[c] * cells.lengths[c])
+    error = (of_rounding + of_sum) * (1 + MARGIN) + (width + 8) * 2.0**-50 * (alpha + limit * limit) + UNDERFLOW
+    threshold = 0.5 * (alpha - limit * limit) - error
+    return np.float32(threshold - 2 * FLOAT32 * abs(threshold) - UNDERFLOW)
+
+
+@compiled
+def _visit(
+    cells: Cells, c: int, which: Array, ask: Question, bank: Array, number: int, distances: Array, rows: Array,
+    packed: Array, cost: Array,
+) -> None:  # fmt: skip
+    """Take the rows of one cell into the lists of some queries, which are sorted by distance from its centre."""
+    floats, masks = np.empty(cells.centres.shape[1], np.float32), np.empty(GROUP, WORD)
+    alphas, losts, limits = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    thresholds = np.empty(BLOCK, np.float32)
+    in_cache = max(1, CACHED // (cells.values.shape[1] * cells.values.shape[2] * cells.values.itemsize))
+    for start in range(0, which.shape[0], BLOCK):
+        n = min(BLOCK, which.shape[0] - start)
+        thresholds[:] = np.inf
+        for i in range(n):
+            query = which[start + i]
+            alphas[i], losts[i] = _round(ask.points[query], cells.centres[c], cells.scale, floats, packed[i])
+            limits[i] = _limit(ask, query, distances)
+            thresholds[i] = _threshold(cells, c, alphas[i], losts[i], limits[i])
+        for chunk in range(cells.first[c], cells.first[c + 1], in_cache):
+            stop = min(chunk + in_cache, cells.first[c + 1])
+            for group in range(0, n, GROUP):
+                least, most = np.inf, 0.0
+                for i in range(group, min(group + GROUP, n)):
+                    length = np.sqrt(alphas[i])
+                    least = min(least, length * (1 - MARGIN) - limits[i])
+                    most = max(most, length * (1 + MARGIN) + limits[i])
+                for panel in range(chunk, stop):
+                    if cells.outer[panel] < least or cells.inner[panel] > most:
+                        continue
+                    cost[0] += 1
+                    if reach(packed, group, cells.values, panel, cells.bias, thresholds, masks) == 0:
+                        continue
+                    for i in range(group, min(group + GROUP, n)):
+                        query = which[start + i]
+                        before = distances[query, ask.k - 1]
+                        bits = np.int64(masks[i - group]) & ALL_BITS
+                        while bits != 0:
+                            row = cells.order[panel * PANEL + lowest_bit(bits)]
+                            bits &= bits - 1
+                            if row < 0 or row == ask.own[query]:
+                                continue
+                            cost[1] += 1
+                            if ask.exact:
+                                distance = squared_distance(ask.queries[query], bank[row])
+                            else:
+                                limit = distances[query, ask.k - 1] * (1 + 3 * ask.error) + UNDERFLOW
+                                distance = _measure(ask.queries[query], bank[row], ask.scale, limit)
+                            if distance < np.inf:
+                                _insert(distances[query], rows[query], distance, number + row)
+                        if distances[query, ask.k - 1] < before:
+                            limits[i] = _limit(ask, query, distances)
+                            thresholds[i] = _threshold(cells, c, alphas[i], losts[i], limits[i])
+
+
+@compiled
+def _matters(cells: Cells, c: int, ask: Question, query: int, distances: Array) -> bool:
+    """Whether a row of cell c may be among the query's nearest, by two bounds on how near it can be.
+
+    Ball: it lies within the cell's radius of the centre. Plane: it lies on its own centre's side of the plane midway
+    between that and the query's nearest centre, or it would be in that one's cell.
+    """
+    limit = _limit(ask, query, distances)
+    slip = cells.slip * (1 + ask.lengths[query])
+    distance = ask.to_centres[c, query]
+    if distance - cells.radii[c] - np.sqrt(slip) > limit:
+        return False
+    own = ask.near[query, 0]
+    nearest = ask.to_centres[own, query]
+    beyond = distance * distance - nearest * nearest - 2 * (slip + 2 * cells.slip)
+    return not beyond > 2 * (cells.apart[own, c] + np.sqrt(2 * cells.slip)) * limit
+
+
+@compiled
+def search_cells(
+    cells: Cells, ask: Question, bank: Array, number: int, distances: Array, rows: Array, cost: Array
+) -> None:  # fmt: skip
+    """Take all rows of the bank [M, D] that may be among a query's nearest into its list, near cells first.
+
+    number: of the bank's first row.
+    distances float64 [Q, S >= k], rows int64 [Q, S]: kept in the order of (distance, row), filled with infinity and the
+    largest row number before. cost int64 [3]: grows by steps of `reach`, pairs measured, and visits of a query to a
+    cell.
+    """
+    n_queries, n_cells = ask.points.shape[0], cells.centres.shape[0]
+    width = cells.values.shape[1] * cells.values.shape[2] // PANEL
+    packed = np.zeros((BLOCK, width), cells.values.dtype)
+    which, lengths = np.empty(n_queries, np.int64), np.empty(n_queries)
+    for phase in range(NEAREST + 1):
+        for c in range(n_cells):
+            n = 0
+            for query in range(n_queries):
+                if phase < NEAREST:
+                    wanted = ask.near[query, phase] == c
+                else:
+                    wanted = True
+                    for i in range(NEAREST):
+                        wanted &= ask.near[query, i] != c
+                if wanted and (phase == 0 or _matters(cells, c, ask, query, distances)):
+                    which[n] = query
+                    lengths[n] = ask.to_centres[c, query]
+                    n += 1
+            if n > 0:
+                cost[2] += n
+                sorted_by_length = which[:n][np.argsort(lengths[:n])]
+                _visit(cells, c, sorted_by_length, ask, bank, number, distances, rows, packed, cost)
+
+
+@compiled
+def nearest_cells(to_centres: Array, near: Array) -> None:
+    """near int64 [Q, n]: the n nearest of C centres, -1 where there are fewer. to_centres float64 [C, Q]."""
+    kept = np.full(near.shape, np.inf)
+    near[:] = -1
+    for c in range(to_centres.shape[0]):
+        for query in range(near.shape[0]):
+            if to_centres[c, query] < kept[query, near.shape[1] - 1]:
+                _insert(kept[query], near[query], to_centres[c, query], c)
+
+
+@compiled
+def settle(distances: Array, k: int, error: float, n_sure: Array, n_open: Array) -> None:
+    """Which of a query's list [S], ascending to within `error` of themselves, are surely among the k nearest.
+
+    n_sure[i] are, the first ones; the n_open[i] that follow may be. n_open is 0 where the k nearest are certain, and -1
+    where the list may not hold them all.
+    """
+    size = distances.shape[1]
+    for i in range(distances.shape[0]):
+        limit = distances[i, k - 1] * (1 + error) + UNDERFLOW  # the k-th is no farther
+        if distances[i, k - 1] == np.inf or distances[i, size - 1] * (1 - error) - UNDERFLOW <= limit:
+            n_open[i] = -1
+            continue
+        following = distances[i, k] * (1 - error) - UNDERFLOW
+        sure = 0
+        while sure < k and distances[i, sure] * (1 + error) + UNDERFLOW < following:
+            sure += 1
+        last = sure
+        while distances[i, last] * (1 - error) - UNDERFLOW <= limit:
+            last += 1
+        n_sure[i] = sure
+        n_open[i] = last - sure if sure < k else 0
+
+
+@compiled
+def settle_winners(rows: Array, codes: Array, k: int, n_classes: int, n_sure: Array, n_open: Array) -> None:
+    """Set n_open to 0 where the winner of the vote is the same whichever of the open rows are among the k nearest.
+
+    rows int64 [Q, S]: the sure ones first, then the open ones; codes int64 [M]: the class of each bank row.
+    """
+    sure, opened = np.empty(n_classes, np.int64), np.empty(n_classes, np.int64)
+    for i in range(rows.shape[0]):
+        if n_open[i] <= 0:
+            continue
+        sure[:], opened[:] = 0, 0
+        for j in range(n_sure[i] + n_open[i]):
+            if j < n_sure[i]:
+                sure[codes[rows[i, j]]] += 1
+            else:
+                opened[codes[rows[i, j]]] += 1
+        places = k - n_sure[i]
+        winner = np.argmax(sure)
+        least = sure[winner] + max(0, places - (n_open[i] - opened[winner]))
+        certain = True
+        for c in range(n_classes):
+            most = sure[c] + min(opened[c], places)
+            if c != winner and (most > least or (most == least and c < winner)):
+                certain = False
+        if certain:
+            n_open[i] = 0
+
+
+@compiled
+def rank_open(
+    queries: Array, which: Array, bank_rows: Array, row_ids: Array, places: Array, chosen: Array, n_sure: Array,
+    n_open: Array, k: int,
+) -> None:  # fmt: skip
+    """Fill chosen[i, n_sure:k] with the nearest of the open rows; places[p] is where they lie in bank_rows."""
+    nothing = np.iinfo(np.int64).max
+    p = 0
+    for i in which:
+        need = k - n_sure[i]
+        distances = np.full(need, np.inf)
+        rows = np.full(need, nothing)
+        for _ in range(n_open[i]):
+            place = places[p]
+            p += 1
+            distance = squared_distance(queries[i], bank_rows[place])
+            _insert(distances, rows, distance, row_ids[place])
+        chosen[i, n_sure[i] : k] = rows
+
+
+@compiled
+def sort_by_distance(
+    queries: Array, bank_rows: Array, places: Array, rows: Array, sorted_rows: Array, distances: Array
+) -> None:
+    """Put each query's rows [n, k], ascending, into the order of (distance, row); distances are not squared.
+
+    places [n, k]: where the rows lie in bank_rows.
+    """
+    for i in range(rows.shape[0]):
+        squares = np.empty(rows.shape[1])
+        for j in range(rows.shape[1]):
+            squares[j] = squared_distance(queries[i], bank_rows[places[i, j]])
+        # A stable sort leaves equal distances in the order of their rows.
+        order = np.argsort(squares, kind="mergesort")
+        for j in range(rows.shape[1]):
+            sorted_rows[i, j] = rows[i, order[j]]
+            distances[i, j] = np.sqrt(squares[order[j]])
+
+
+@compiled
+def place_with_norms(rows: Array, centre: Array, scale: float, rounded: Array, norms: Array) -> None:
+    """rounded[i] = float32(scale * (rows[i] - centre)), norms[i] = the float64 squared norm of what was rounded."""
+    for i in range(rows.shape[0]):
+        norm = 0.0
+        for j in range(rows.shape[1]):
+            value = np.float32(_scaled(rows[i, j], centre[j], scale))
+            rounded[i, j] = value
+            norm += np.float64(value) * np.float64(value)
+        norms[i] = norm
 
 
 @compiled
@@ -175,216 +489,6 @@ def classify(
                 n_sure[i] = k
                 opened = 0
         n_open[i] = opened
-
-
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"})
-def _lowest(products: Array, squares: Array, slopes: Array, lengths: Array, a: float, r: float, u: float) -> float:
-    """The least of the lower bounds of a run of rows, but for rounding in float32: see `admit`."""
-    low = squares[0] - a * slopes[0] - r * lengths[0] - (products[0] + products[0]) - u * abs(products[0])
-    for j in range(1, products.shape[0]):
-        p = products[j]
-        low = min(low, squares[j] - a * slopes[j] - r * lengths[j] - (p + p) - u * abs(p))
-    return low
-
-
-@compiled
-def _push(keys: Array, highs: Array, rows: Array, key: float, high: float, row: int) -> None:
-    """Replace the root of a max-heap of keys that carries highs and rows with them."""
-    size = keys.shape[0]
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        if child + 1 < size and keys[child + 1] > keys[child]:
-            child += 1
-        if keys[child] <= key:
-            break
-        keys[place] = keys[child]
-        highs[place] = highs[child]
-        rows[place] = rows[child]
-        place = child
-    keys[place] = key
-    highs[place] = high
-    rows[place] = row
-
-
-@compiled
-def _push_key(keys: Array, key: float) -> None:
-    """Replace the root of a max-heap."""
-    size = keys.shape[0]
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        if child + 1 < size and keys[child + 1] > keys[child]:
-            child += 1
-        if keys[child] <= key:
-            break
-        keys[place] = keys[child]
-        place = child
-    keys[place] = key
-
-
-@compiled
-def admit(
-    products: Array, which: Array, query_squares: Array, query_residuals: Array, first: int, squares: Array,
-    squares32: Array, slopes: Array, lengths: Array, order: Array, own: Array, result: float, exact: float,
-    lows: Array, highs: Array, rows: Array, nearest: Array, bits: Array, floats: Array, is_bfloat16: bool,
-) -> None:  # fmt: skip
-    """Take the rows of a tile that may be among a query's k nearest into its candidates.
-
-    products [n, m >= rows]: float32, or int16 that are the bits of bfloat16; which int64 [n]: the queries; first: the
-    place of the tile's first row. A squared distance is alpha + beta - 2 product, to within E = |a| slope + residual of
-    the query * length of the row + 2 result |product| + exact (alpha + beta), where alpha = |a|^2 and beta are the
-    squared lengths (docs/decisions/0004-cells.md). Candidates are kept in a max-heap of their lower bounds, the k
-    lowest upper bounds in another.
-    """
-    n_rows = squares.shape[0]
-    largest = squares.max()
-    for i in range(which.shape[0]):
-        query = which[i]
-        alpha, residual = query_squares[i], query_residuals[i]
-        a = np.sqrt(alpha)
-        a32, r32, u32 = np.float32(a), np.float32(residual), np.float32(2 * result)
-        # Float32 arithmetic on numbers no larger than these errs by less.
-        slack = 4e-6 * (alpha + largest) + 1e-36
-        allowed = np.float32(nearest[query, 0] - alpha + slack)
-        for start in range(0, n_rows, RUN):
-            stop = min(start + RUN, n_rows)
-            if is_bfloat16:
-                for j in range(stop - start):
-                    bits[j] = np.int32(products[i, start + j]) << np.int32(16)
-            else:
-                for j in range(stop - start):
-                    floats[j] = products[i, start + j]
-            low = _lowest(
-                floats[: stop - start], squares32[start:stop], slopes[start:stop], lengths[start:stop], a32, r32, u32
-            )
-            if low > allowed:
-                continue
-            for j in range(start, stop):
-                place = first + j
-                if place == own[query]:
-                    continue
-                product = np.float64(floats[j - start])
-                middle = alpha + squares[j] - 2 * product
-                error = a * slopes[j] + residual * lengths[j] + 2 * result * abs(product)
-                error = (error + exact * (alpha + squares[j])) * (1 + 1e-6) + 1e-30
-                if middle - error > nearest[query, 0]:
-                    continue
-                if middle + error < nearest[query, 0]:
-                    _push_key(nearest[query], middle + error)
-                if middle - error < lows[query, 0]:
-                    _push(lows[query], highs[query], rows[query], middle - error, middle + error, order[place])
-            allowed = np.float32(nearest[query, 0] - alpha + slack)
-
-
-@compiled
-def _insert(distances: Array, rows: Array, distance: float, row: int) -> None:
-    """Insert into a list kept in the order of (distance, row); its last entry is dropped."""
-    last = rows.shape[0] - 1
-    if distance > distances[last] or (distance == distances[last] and row > rows[last]):
-        return
-    place = last
-    while place > 0 and (
-        distances[place - 1] > distance or (distances[place - 1] == distance and rows[place - 1] > row)
-    ):
-        distances[place] = distances[place - 1]
-        rows[place] = rows[place - 1]
-        place -= 1
-    distances[place] = distance
-    rows[place] = row
-
-
-@compiled
-def _add_squares(value: float, column: Array, sums: Array) -> None:
-    for j in range(column.shape[0]):
-        difference = value - np.float64(column[j])
-        sums[j] += difference * difference
-
-
-@compiled
-def _distances_of_run(query: Array, columns: Array, start: int, stop: int, lanes: Array, totals: Array) -> None:
-    """totals[j] = squared_distance(query, columns[:, start + j]), the same bits, for a run of rows side by side.
-
-    columns [D, M], D <= 128: the leaf of numpy's pairwise summation. lanes float64 [8, RUN], totals float64 [RUN].
-    """
-    width = columns.shape[0]
-    whole = width - width % 8
-    lanes[:] = 0.0
-    for d in range(whole):
-        _add_squares(np.float64(query[d]), columns[d, start:stop], lanes[d % 8])
-    l0, l1, l2, l3, l4, l5, l6, l7 = (
-        lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6], lanes[7],
-    )  # fmt: skip
-    for j in range(totals.shape[0]):
-        totals[j] = ((l0[j] + l1[j]) + (l2[j] + l3[j])) + ((l4[j] + l5[j]) + (l6[j] + l7[j]))
-    for d in range(whole, width):
-        _add_squares(np.float64(query[d]), columns[d, start:stop], totals)
-
-
-@compiled
-def nearest_of_columns(
-    queries: Array, which: Array, columns: Array, first: int, stop: int, order: Array, exclude: Array, distances: Array,
-    rows: Array,
-) -> None:  # fmt: skip
-    """Take the places first … stop of columns [D, M] into the list of the nearest of some queries, all in float64.
-
-    order [M]: the bank's row at each place; exclude [Q]: the row that a query must not have.
-    """
-    lanes, totals = np.empty((8, NARROW_RUN)), np.empty(NARROW_RUN)
-    last = distances.shape[1] - 1
-    for query in which:
-        for start in range(first, stop, NARROW_RUN):
-            n = min(NARROW_RUN, stop - start)
-            _distances_of_run(queries[query], columns, start, start + n, lanes, totals)
-            if _smallest(totals[:n]) > distances[query, last]:
-                continue
-            for j in range(n):
-                row = order[start + j]
-                if totals[j] <= distances[query, last] and row != exclude[query]:
-                    _insert(distances[query], rows[query], totals[j], row)
-
-
-@compiled
-def rank_open(
-    queries: Array, which: Array, bank_rows: Array, row_ids: Array, places: Array, chosen: Array, n_sure: Array,
-    n_open: Array, k: int,
-) -> None:  # fmt: skip
-    """Fill chosen[i, n_sure:k] with the nearest of the open rows; places[p] is where they lie in bank_rows."""
-    nothing = np.iinfo(np.int64).max
-    p = 0
-    for i in which:
-        need = k - n_sure[i]
-        distances = np.full(need, np.inf)
-        rows = np.full(need, nothing)
-        for _ in range(n_open[i]):
-            place = places[p]
-            p += 1
-            distance = squared_distance(queries[i], bank_rows[place])
-            _insert(distances, rows, distance, row_ids[place])
-        chosen[i, n_sure[i] : k] = rows
-
-
-@compiled
-def sort_by_distance(
-    queries: Array, bank_rows: Array, places: Array, rows: Array, sorted_rows: Array, distances: Array
-) -> None:
-    """Put each query's rows [n, k], ascending, into the order of (distance, row); distances are not squared.
-
-    places [n, k]: where the rows lie in bank_rows.
-    """
-    for i in range(rows.shape[0]):
-        squares = np.empty(rows.shape[1])
-        for j in range(rows.shape[1]):
-            squares[j] = squared_distance(queries[i], bank_rows[places[i, j]])
-        # A stable sort leaves equal distances in the order of their rows.
-        order = np.argsort(squares, kind="mergesort")
-        for j in range(rows.shape[1]):
-            sorted_rows[i, j] = rows[i, order[j]]
-            distances[i, j] = np.sqrt(squares[order[j]])
 
 
 @compiled

@@ -4,8 +4,9 @@ torch's own threads wait for each other after every product, spinning on the pro
 products need. So each thread has its share of the queries, from the first product to the last loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -27,3 +28,14 @@ def spread(work: Callable[[slice], Result], n: int) -> list[Result]:
             return list(pool.map(work, [slice(first, stop) for first, stop in pairwise(edges)]))
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """The bounds are of the products as they are asked for: short cuts by TF32 and bfloat16 are switched off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

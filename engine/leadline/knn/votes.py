@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
-from leadline.knn.arrays import Array
-from leadline.knn.exact import Bank, by_distance
+from leadline.knn.arrays import Array, Rows, Shards
+from leadline.knn.exact import MEMORY, Bank
+from leadline.knn.rank import by_distance
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,23 @@ def count_votes(neighbour_labels: Array) -> Votes:
 @overload
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: int = 30, exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False,
+    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    memory_budget: int = MEMORY,
 ) -> Votes: ...  # fmt: skip
 
 
 @overload
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: Sequence[int], exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False,
+    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    memory_budget: int = MEMORY,
 ) -> dict[int, Votes]: ...  # fmt: skip
 
 
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: int | Sequence[int] = 30, exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False,
+    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    memory_budget: int = MEMORY,
 ) -> Votes | dict[int, Votes]:  # fmt: skip
     """The vote of each query's k nearest bank rows, as float64 brute force over the given values would have it.
 
@@ -96,7 +100,12 @@ def knn_votes(
     distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
     threads. device: where the products run; by default where `bank` lies. k may be several numbers: the search is made
     once, for the largest, and the answer is a mapping of each k to its Votes. return_neighbours: the Votes carry the
-    neighbours and their distances.
+    neighbours and their distances. winners_only: of one k the winners alone, which need not say which of two rows at
+    nearly the same distance is the nearer: the counts and runners-up are then -1.
+
+    bank and queries may also be memory maps, or lists of arrays or memory maps that are read as one. memory_budget:
+    bytes that the search may take beside arrays that lie in memory already; a bank that does not fit is read from its
+    files a tile at a time.
 
     Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, and fewer than
     k bank rows to choose from.
@@ -110,18 +119,28 @@ def knn_votes(
         raise LeadlineError(
             f"queries: rows of {asked.shape[1]} values, the bank's have {rows.shape[1]}; give both alike"
         )
-    given = _integers(labels, "labels", len(rows), "bank row")
+    given = _integers(labels, "labels", rows.shape[0], "bank row")
     if len(given) and not 0 <= given.min() <= given.max() < 2**31:
         bad = int(np.flatnonzero((given < 0) | (given >= 2**31))[0])
         raise LeadlineError(f"labels: row {bad} has label {given[bad]}, allowed 0 to {2**31 - 1}")
-    out = None if exclude is None else _integers(exclude, "exclude", len(asked), "query")
-    if out is not None and len(out) and not -1 <= out.min() <= out.max() < len(rows):
-        bad = int(np.flatnonzero((out < -1) | (out >= len(rows)))[0])
-        raise LeadlineError(f"exclude: query {bad} has {out[bad]}, allowed -1 to {len(rows) - 1}")
+    out = None if exclude is None else _integers(exclude, "exclude", asked.shape[0], "query")
+    if out is not None and len(out) and not -1 <= out.min() <= out.max() < rows.shape[0]:
+        bad = int(np.flatnonzero((out < -1) | (out >= rows.shape[0]))[0])
+        raise LeadlineError(f"exclude: query {bad} has {out[bad]}, allowed -1 to {rows.shape[0] - 1}")
     ks = [k] if isinstance(k, int) else list(k)
     if not ks or min(ks) < 1:
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
-    nearest, _ = Bank(rows, device).search(asked, max(ks), out)
+    ready = Bank(rows, device, memory_budget)
+    if winners_only:
+        if not isinstance(k, int) or return_neighbours:
+            raise LeadlineError(
+                "winners_only: gives neither neighbours nor the votes of several k; ask for one k alone"
+            )
+        nearest, _ = ready.search(asked, k, out, winners_of=given)
+        winner = count_votes(given[nearest]).winner
+        unknown = np.full_like(winner, -1)
+        return Votes(winner, unknown, unknown, unknown)
+    nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
         nearest, distances = by_distance(rows, asked, nearest)
@@ -129,16 +148,24 @@ def knn_votes(
     for n in ks:
         counted = count_votes(given[nearest[:, :n]])
         if return_neighbours and distances is not None:
-            counted = replace(counted, neighbours=Neighbours(nearest[:, :n], distances[:, :n], len(rows)))
+            counted = replace(counted, neighbours=Neighbours(nearest[:, :n], distances[:, :n], rows.shape[0]))
         votes[n] = counted
     return votes[k] if isinstance(k, int) else votes
 
 
-def _matrix(values: Any, name: str) -> Array:
+def _matrix(values: Any, name: str) -> Rows:
+    if isinstance(values, (list, tuple)) and values and all(isinstance(value, np.ndarray) for value in values):
+        shards = [_array(value, f"{name}[{i}]") for i, value in enumerate(values) if value.ndim > 1]
+        if len(shards) == len(values):
+            return Shards(shards)
+    return _array(values, name)
+
+
+def _array(values: Any, name: str) -> Array:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
-    array = np.asarray(values)
+    array = values if isinstance(values, np.memmap) else np.asarray(values)
     if array.ndim < 2:
         raise LeadlineError(f"{name}: {array.ndim} dimensions; give [points, values]")
     if array.dtype.kind not in "biuf":
@@ -146,7 +173,7 @@ def _matrix(values: Any, name: str) -> Array:
     array = array.reshape(len(array), -1)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         array = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64)
-    return np.ascontiguousarray(array)
+    return array if isinstance(array, np.memmap) else np.ascontiguousarray(array)
 
 
 def _integers(values: Any, name: str, n: int, of: str) -> Array:

@@ -1,0 +1,41 @@
+"""The last word: candidates in the order of their float64 distances, ties by lower row."""
+
+import numpy as np
+
+from leadline.knn import kernels
+from leadline.knn.arrays import Array, Rows, copied
+
+GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
+
+
+def by_distance(bank: Rows, queries: Rows, rows: Array) -> tuple[Array, Array]:
+    """The neighbours of each query in the order of (distance, row), and their Euclidean distances, float64.
+
+    rows int64 [Q, k], as `search` gives them. Returns int64 and float64 [Q, k].
+    """
+    ordered, distances = np.empty_like(rows), np.empty(rows.shape)
+    at_once = _queries_at_once(rows.shape[1], queries.shape[1])
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        row_ids, places = np.unique(rows[part], return_inverse=True)
+        asked, gathered = copied(queries, part), copied(bank, row_ids)
+        places = places.reshape(rows[part].shape)
+        kernels.sort_by_distance(asked, gathered, places, rows[part], ordered[part], distances[part])
+    return ordered, distances
+
+
+def rank_doubtful(
+    bank: Rows, queries: Array, which: Array, chosen: Array, n_sure: Array, n_open: Array, k: int
+) -> None:
+    """Settle open candidates by their float64 distances; reads only the rows that it needs."""
+    at_once = _queries_at_once(chosen.shape[1], queries.shape[1])
+    for start in range(0, len(which), at_once):
+        part = which[start : start + at_once]
+        wanted = np.concatenate([chosen[i, n_sure[i] : n_sure[i] + n_open[i]] for i in part])
+        row_ids, places = np.unique(wanted, return_inverse=True)
+        kernels.rank_open(queries, part, copied(bank, row_ids), row_ids, places, chosen, n_sure, n_open, k)
+
+
+def _queries_at_once(candidates: int, width: int) -> int:
+    """How many queries' candidate rows are gathered together: float64 rows of at most GATHERED bytes."""
+    return max(1, GATHERED // (candidates * width * 8))

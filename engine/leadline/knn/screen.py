@@ -1,0 +1,267 @@
+"""A bank made ready for a search that looks at few of its pairs, and at those in few dimensions and low precision.
+
+Three bounds from below, each cheaper than a distance and none ever above it, leave rows out (docs/decisions/0004):
+the triangle inequality leaves out whole cells of rows, and in the others all but a ring; an orthonormal projection,
+which lengthens nothing, leaves out most of the rest. Cells live in the space that is projected to. What remains is
+measured in full (`kernels.search_cells`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from leadline.knn import kernels, product
+from leadline.knn.arrays import Array
+from leadline.knn.kernels import FLOAT32, MARGIN, Cells, Question
+
+NARROW = 64  # values of a row below which nothing is projected, and everything is measured in float64
+SAMPLE = 4096  # rows that decide how a bank is searched
+SAMPLE_BYTES = 64 << 20
+ASKED = 128  # of them, that stand for queries
+K = 30  # neighbours that the decision is made for
+WIDTHS = (16, 32, 64, 128, 256)  # of the projection
+ROUNDS = 6  # of k-means: where the centres lie changes the speed, never the answer
+TILE = 4096  # rows that are projected together
+DEPTH = 1024  # values that one float32 product adds up
+# Nanoseconds that weigh one choice against another, as measured on a processor with AVX512-BF16: of a value of a pair
+# that is screened, where cells leave out half of the pairs; of a pair that is measured, and of each of its values.
+SCREENED, MEASURED, OF_A_VALUE = 0.005, 90.0, 0.07
+WORTH = 0.75  # share of rows in cells that stay, above which one cell does as well
+OF_A_CELL = 128  # rows that k-means looks at
+
+
+@dataclass(frozen=True)
+class Axes:
+    """An orthonormal projection: matrix float32 [D, m] of norm at most `grow`, applied about the screen's centre.
+
+    slip: a projected point is off by at most slip times the scaled length of its row.
+    """
+
+    matrix: torch.Tensor
+    grow: float
+    slip: float
+
+
+@dataclass(frozen=True)
+class Screen:
+    """M bank rows of D values: centre float64 [D] and scale, a power of two, for which no row's length exceeds 1."""
+
+    centre: Array
+    scale: float
+    axes: Axes | None
+    cells: Cells
+    plan: str
+
+    def ask(self, queries: Array, own: Array, k: int, error: float, exact: bool) -> Question:
+        """Queries [Q, D] as the cells see them; own int64 [Q]: the bank row that each must not have, -1 for none."""
+        cells, lengths = self.cells, np.zeros(len(queries))
+        points = _project(queries, self.centre, self.scale, self.axes, lengths)
+        to_centres, from_middle = _distances(cells.centres, points, cells.scale)
+        near = np.empty((len(queries), kernels.NEAREST), np.int64)
+        kernels.nearest_cells(to_centres, near)
+        return Question(
+            points=points,
+            queries=queries,
+            own=own,
+            to_centres=to_centres,
+            near=near,
+            lengths=from_middle,
+            grow=self.axes.grow if self.axes else 1.0,
+            slips=(self.axes.slip if self.axes else 0.0) * (1 + np.sqrt(lengths)),
+            exact=exact,
+            scale=self.scale,
+            error=error,
+            unit=self.scale * self.scale if exact else 1.0,
+            k=k,
+        )
+
+
+def error_of(width: int, in_float64: bool, exact: bool) -> float:
+    """Relative error of a measured squared distance, and of the float64 one that decides."""
+    of_decision = 16.0 * (width + 4) * 2.0**-53
+    if exact:
+        return of_decision
+    roundoff = 2.0**-53 if in_float64 else FLOAT32
+    return (kernels.CHUNK + 8) * roundoff * (1 + MARGIN) + 2 * of_decision
+
+
+def scale_of(longest: float) -> float:
+    """The power of two, so that scaling rounds nothing, that makes a squared length at most 1."""
+    return float(2.0 ** -np.ceil(np.log2(longest) / 2)) if longest > 0 else 1.0
+
+
+def low_precision() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    return torch.bfloat16 if product.HAS_BFLOAT16 else torch.float32
+
+
+def prepare(rows: Array, centre: Array, scale: float) -> Screen:
+    """Decide on a sample how a bank [M, D] is searched, and make it ready. `centre` and `scale`: see `Screen`."""
+    sample = _Sample(rows, centre, scale) if len(rows) >= SAMPLE else None
+    axes = sample.choose_axes() if sample else None
+    points = _project(rows, centre, scale, axes)
+    middle, unit = (centre, scale) if axes is None else (np.zeros(points.shape[1]), 1.0)
+    n_cells = int(np.sqrt(len(rows)) / 2) if sample else 1
+    cells = _cut(points, middle, unit, n_cells)
+    if axes is None and sample and sample.share_of_rows(points, cells) > WORTH:
+        n_cells = 1
+        cells = _cut(points, middle, unit, n_cells)
+    kind = str(low_precision()).removeprefix("torch.")
+    width = rows.shape[1]
+    values = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
+    return Screen(centre, scale, axes, cells, f"{values}, {n_cells} cell{'s' * (n_cells > 1)}, {kind}")
+
+
+class _Sample:
+    """Some rows [n, D] of the bank, float32, centred and scaled; the first few of them stand for queries."""
+
+    def __init__(self, rows: Array, centre: Array, scale: float) -> None:
+        n_bank, width = rows.shape
+        n = max(ASKED, min(SAMPLE, n_bank, SAMPLE_BYTES // (4 * width)))
+        self.which = np.random.default_rng(0).permutation(n_bank)[:n]
+        placed = np.empty((len(self.which), width), np.float32)
+        kernels.place(rows[self.which], centre, scale, placed)
+        self.rows = torch.from_numpy(placed)
+        self.n_bank = n_bank
+        squares = self._squares(self.rows)
+        # As many of the sample are that near as are among the K nearest of the bank.
+        rank = min(max(1, round(K * len(placed) / n_bank)), squares.shape[1])
+        self.kth = squares.kthvalue(rank, dim=1).values
+
+    @staticmethod
+    def _squares(rows: torch.Tensor) -> torch.Tensor:
+        squares = torch.cdist(rows[:ASKED], rows).square_()
+        squares.fill_diagonal_(torch.inf)
+        return squares
+
+    def choose_axes(self) -> Axes | None:
+        """The projection that promises the least time, or none."""
+        n, width = self.rows.shape
+        if width < NARROW:
+            return None
+        widths = [m for m in WIDTHS if m <= min(width, n) // 2]
+        axes = self._principal(widths[-1])
+        best, least = None, width * SCREENED
+        for m in widths:
+            left = (self._squares(self.rows @ axes[:, :m]) <= self.kth[:, None]).double().mean().item()
+            time = m * SCREENED + left * (MEASURED + width * OF_A_VALUE)
+            if time < least:
+                best, least = m, time
+        return None if best is None else _contraction(axes[:, :best])
+
+    def _principal(self, n: int) -> torch.Tensor:
+        """About the n directions of largest spread, orthonormal, float32 [D, n], the largest first.
+
+        By subspace iteration: how good they are changes the speed, never the answer.
+        """
+        width = self.rows.shape[1]
+        guess = torch.randn(width, min(n + 16, width), generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            guess = torch.linalg.qr(self.rows.T @ (self.rows @ guess)).Q
+        seen = self.rows @ guess
+        spread = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.flip(1)
+        directions: torch.Tensor = guess @ spread[:, :n].float()
+        return directions
+
+    def share_of_rows(self, points: Array, cells: Cells) -> float:
+        """Share of the bank's rows in cells that the triangle inequality does not leave out."""
+        to_centres, _ = _distances(cells.centres, points[self.which[:ASKED]], cells.scale)
+        near = to_centres - cells.radii[:, None] <= self.kth.double().sqrt().numpy()
+        rows = np.diff(cells.first) / cells.first[-1]
+        return float((near * rows[:, None]).sum(axis=0).mean())
+
+
+def _contraction(matrix: torch.Tensor) -> Axes:
+    """The bounds of a projection as it is computed: see docs/decisions/0004."""
+    width, n = matrix.shape
+    exact = matrix.double()
+    grow = float((1 + torch.linalg.norm(exact.T @ exact - torch.eye(n))).sqrt()) * (1 + MARGIN)
+    terms = min(width, DEPTH) + 4
+    gamma = terms * FLOAT32 / (1 - terms * FLOAT32)
+    return Axes(matrix.contiguous(), grow, grow * (3 * FLOAT32 + gamma * np.sqrt(n)) * (1 + MARGIN))
+
+
+def _project(rows: Array, centre: Array, scale: float, axes: Axes | None, lengths: Array | None = None) -> Array:
+    """The rows [n, D] as cells see them: themselves, or float32 [n, m]. lengths [n]: filled with the scaled lengths."""
+    if axes is None:
+        return rows
+    n, width = rows.shape
+    points = np.empty((n, axes.matrix.shape[1]), np.float32)
+    step = max(64, min(TILE, SAMPLE_BYTES // (8 * width)))
+    placed = np.empty((min(step, n), width), np.float32)
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        tile = placed[: part.stop - first]
+        kernels.place(rows[part], centre, scale, tile)
+        vectors, total = torch.from_numpy(tile), torch.zeros(len(tile), points.shape[1], dtype=torch.float64)
+        for start in range(0, width, DEPTH):
+            total += vectors[:, start : start + DEPTH] @ axes.matrix[start : start + DEPTH]
+        points[part] = total.numpy()
+        if lengths is not None:
+            longer = 1 + 2 * width * FLOAT32  # than float32 may sum it
+            lengths[part] = torch.linalg.vector_norm(vectors, dim=1).double().numpy() * longer
+    return points
+
+
+def _cut(points: Array, middle: Array, scale: float, n_cells: int) -> Cells:
+    """Sort points [M, m] into cells and round them into panels. middle float64 [m]: near their mean."""
+    n_bank, width = points.shape
+    centres = middle[None] if n_cells == 1 else _kmeans(points, middle, scale, n_cells)
+    cell, radius = _assign(points, centres, scale)
+    by_cell = np.lexsort((radius, cell))
+    counts = np.bincount(cell, minlength=n_cells)
+    first = np.concatenate([[0], np.cumsum(-(-counts // product.PANEL))])
+    n_panels = first[-1]
+    order = np.full(n_panels * product.PANEL, -1)
+    begins = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    order[np.arange(n_bank) + np.repeat(first[:-1] * product.PANEL - begins, counts)] = by_cell
+    in_pairs = low_precision() == torch.bfloat16
+    together = 2 if in_pairs else 1
+    steps = -(-width // together)
+    values = np.zeros((n_panels, steps, together * product.PANEL), np.int16 if in_pairs else np.float32)
+    bias = np.empty((n_panels, product.PANEL), np.float32)
+    inner, outer = np.full(n_panels, np.inf), np.zeros(n_panels)
+    residuals, lengths = np.zeros(n_cells), np.zeros(n_cells)
+    kernels.fill(points, centres, scale, order, first, values, bias, inner, outer, residuals, lengths)
+    apart, _ = _distances(centres, centres, scale)
+    radii = np.array([outer[first[c] : first[c + 1]].max(initial=0.0) for c in range(n_cells)])
+    slip = 32.0 * (width + 8) * 2.0**-53
+    return Cells(order, first, centres, scale, radii, apart, inner, outer, values, bias, residuals, lengths, slip)
+
+
+def _kmeans(points: Array, middle: Array, scale: float, n_cells: int) -> Array:
+    """Centres float64 [C, m] from a sample, in float32: they decide the speed alone."""
+    random = np.random.default_rng(0)
+    chosen = np.sort(random.choice(len(points), min(len(points), OF_A_CELL * n_cells), replace=False))
+    sample = torch.from_numpy(((points[chosen] - middle) * scale).astype(np.float32))
+    centres = sample[torch.from_numpy(random.choice(len(sample), n_cells, replace=False))].clone()
+    for _ in range(ROUNDS):
+        nearest = (centres.square().sum(dim=1) - 2 * sample @ centres.T).argmin(dim=1)
+        counts = torch.bincount(nearest, minlength=n_cells)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
+        filled = counts > 0
+        centres[filled] = sums[filled] / counts[filled, None]
+    found: Array = centres.double().numpy() / scale + middle
+    return found
+
+
+def _assign(points: Array, centres: Array, scale: float) -> tuple[Array, Array]:
+    """Nearest centre of each point and the scaled distance from it."""
+    cell, radius = np.empty(len(points), np.int64), np.empty(len(points))
+    for first in range(0, len(points), TILE):
+        part = slice(first, first + TILE)
+        distances, _ = _distances(centres, points[part], scale)
+        cell[part] = distances.argmin(axis=0)
+        radius[part] = distances.min(axis=0)
+    return cell, radius
+
+
+def _distances(centres: Array, points: Array, scale: float) -> tuple[Array, Array]:
+    """Scaled distances float64 [C, n], and the points' squared lengths from the middle of the centres, [n]."""
+    middle = centres.mean(axis=0)
+    a = torch.from_numpy((centres - middle) * scale)
+    b = torch.from_numpy((points - middle) * scale)
+    lengths = b.square().sum(dim=1)
+    squares = torch.addmm(lengths[None], a, b.T, alpha=-2).add_(a.square().sum(dim=1)[:, None])
+    return squares.clamp_min_(0).sqrt_().numpy(), lengths.numpy()
