@@ -313,7 +313,9 @@ def test_no_pair_within_the_limit_is_left_out(monkeypatch, dtype):
                     for share in (1, 0.99):
                         for j, distance in zip(there, true, strict=True):
                             limit = share * float(distance)
-                            threshold = kernels._threshold(cells, c, alpha, lost, limit * (1 + 1e-15))
+                            threshold = kernels._threshold(
+                                alpha, lost, limit * (1 + 1e-15), cells.lengths[c], cells.residuals[c], width
+                            )
                             masks = reached(packed, cells.values, panel, cells.bias, np.full(8, threshold, np.float32))
                             if share == 1:
                                 assert bits(masks)[0, j], (name, query, j)

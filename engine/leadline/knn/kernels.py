@@ -201,29 +201,40 @@ def _insert(distances: Array, rows: Array, distance: float, row: int) -> None:
     rows[place] = row
 
 
+# What follows is given numbers, not whole Cells and Questions: these would be copied for every call.
 @compiled
-def _limit(ask: Question, query: int, distances: Array) -> float:
-    """No point of the k nearest rows is farther from the query's point than this."""
-    kth = distances[query, ask.k - 1] * ask.unit * (1 + ask.error) + UNDERFLOW
-    return np.sqrt(kth) * ask.grow * (1 + 1e-9) + ask.slips[query]
+def _limit(kth: float, unit: float, error: float, grow: float, slip: float) -> float:
+    """No point of the k nearest rows is farther from the query's point than this; kth: the k-th measured distance."""
+    return np.sqrt(kth * unit * (1 + error) + UNDERFLOW) * grow * (1 + 1e-9) + slip
 
 
 @compiled
-def _threshold(cells: Cells, c: int, alpha: float, lost: float, limit: float) -> np.float32:
+def _threshold(alpha: float, lost: float, limit: float, longest: float, residual: float, width: int) -> np.float32:
     """What the product less half the row's squared length reaches if the points are within the limit.
 
-    alpha: the squared length of the query's point about the cell's centre; lost: what rounding took from it. The terms
-    are those of docs/decisions/0004-screen.md.
+    alpha: the squared length of the query's point about the cell's centre; lost: what rounding took from it; longest
+    and residual: the cell's `lengths` and `residuals`. The terms are those of docs/decisions/0004-screen.md.
     """
     if limit == np.inf or alpha > FAR:
         return np.float32(-np.inf)
-    length, width = np.sqrt(alpha), cells.values.shape[1] * cells.values.shape[2] // PANEL
-    of_rounding = lost * cells.lengths[c] + length * cells.residuals[c]
+    length = np.sqrt(alpha)
+    of_rounding = lost * longest + length * residual
     gamma = (width + 8) * FLOAT32 * (1 + MARGIN)
-    of_sum = gamma * ((length + lost) * cells.lengths[c] + 0.5 * cells.lengths[c] * cells.lengths[c])
+    of_sum = gamma * ((length + lost) * longest + 0.5 * longest * longest)
     error = (of_rounding + of_sum) * (1 + MARGIN) + (width + 8) * 2.0**-50 * (alpha + limit * limit) + UNDERFLOW
     threshold = 0.5 * (alpha - limit * limit) - error
     return np.float32(threshold - 2 * FLOAT32 * abs(threshold) - UNDERFLOW)
+
+
+@compiled
+def _ring(alphas: Array, limits: Array, first: int, stop: int) -> tuple[float, float]:
+    """The least and the largest length of rows that can matter to some queries of a block."""
+    least, most = np.inf, 0.0
+    for i in range(first, stop):
+        length = np.sqrt(alphas[i])
+        least = min(least, length * (1 - MARGIN) - limits[i])
+        most = max(most, length * (1 + MARGIN) + limits[i])
+    return least, most
 
 
 @compiled
@@ -236,31 +247,36 @@ def _visit(
     alphas, losts, limits = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     thresholds = np.empty(BLOCK, np.float32)
     in_cache = max(1, CACHED // (cells.values.shape[1] * cells.values.shape[2] * cells.values.itemsize))
-    for start in range(0, which.shape[0], BLOCK):
-        n = min(BLOCK, which.shape[0] - start)
+    longest, residual, width = cells.lengths[c], cells.residuals[c], packed.shape[1]
+    unit, error, grow, last_of_k = ask.unit, ask.error, ask.grow, ask.k - 1
+    for block in range(0, which.shape[0], BLOCK):
+        n = min(BLOCK, which.shape[0] - block)
+        queries = which[block : block + n]
         thresholds[:] = np.inf
         for i in range(n):
-            query = which[start + i]
-            alphas[i], losts[i] = _round(ask.points[query], cells.centres[c], cells.scale, floats, packed[i])
-            limits[i] = _limit(ask, query, distances)
-            thresholds[i] = _threshold(cells, c, alphas[i], losts[i], limits[i])
-        for chunk in range(cells.first[c], cells.first[c + 1], in_cache):
-            stop = min(chunk + in_cache, cells.first[c + 1])
+            alphas[i], losts[i] = _round(ask.points[queries[i]], cells.centres[c], cells.scale, floats, packed[i])
+            limits[i] = _limit(distances[queries[i], last_of_k], unit, error, grow, ask.slips[queries[i]])
+            thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, width)
+        for first in range(cells.first[c], cells.first[c + 1], in_cache):
+            last = min(first + in_cache, cells.first[c + 1]) - 1
             for group in range(0, n, GROUP):
-                least, most = np.inf, 0.0
-                for i in range(group, min(group + GROUP, n)):
-                    length = np.sqrt(alphas[i])
-                    least = min(least, length * (1 - MARGIN) - limits[i])
-                    most = max(most, length * (1 + MARGIN) + limits[i])
-                for panel in range(chunk, stop):
+                stop = min(group + GROUP, n)
+                least, most = _ring(alphas, limits, group, stop)
+                begin = first
+                if ask.exact:
+                    # In few dimensions the nearest are about as far from the centre as the query is: from there
+                    # outwards and then inwards. In many, those close to the centre are near to all.
+                    begin += np.searchsorted(cells.outer[first:last], np.sqrt(alphas[group]))
+                for step in range(last - first + 1):
+                    panel = begin + step if begin + step <= last else last - step
                     if cells.outer[panel] < least or cells.inner[panel] > most:
                         continue
                     cost[0] += 1
                     if reach(packed, group, cells.values, panel, cells.bias, thresholds, masks) == 0:
                         continue
-                    for i in range(group, min(group + GROUP, n)):
-                        query = which[start + i]
-                        before = distances[query, ask.k - 1]
+                    tighter = False
+                    for i in range(group, stop):
+                        query, before = queries[i], distances[queries[i], last_of_k]
                         bits = np.int64(masks[i - group]) & ALL_BITS
                         while bits != 0:
                             row = cells.order[panel * PANEL + lowest_bit(bits)]
@@ -271,31 +287,32 @@ def _visit(
                             if ask.exact:
                                 distance = squared_distance(ask.queries[query], bank[row])
                             else:
-                                limit = distances[query, ask.k - 1] * (1 + 3 * ask.error) + UNDERFLOW
+                                limit = distances[query, last_of_k] * (1 + 3 * error) + UNDERFLOW
                                 distance = _measure(ask.queries[query], bank[row], ask.scale, limit)
                             if distance < np.inf:
                                 _insert(distances[query], rows[query], distance, number + row)
-                        if distances[query, ask.k - 1] < before:
-                            limits[i] = _limit(ask, query, distances)
-                            thresholds[i] = _threshold(cells, c, alphas[i], losts[i], limits[i])
+                        if distances[query, last_of_k] < before:
+                            limits[i] = _limit(distances[query, last_of_k], unit, error, grow, ask.slips[query])
+                            thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, width)
+                            tighter = True
+                    if tighter:
+                        least, most = _ring(alphas, limits, group, stop)
 
 
 @compiled
-def _matters(cells: Cells, c: int, ask: Question, query: int, distances: Array) -> bool:
-    """Whether a row of cell c may be among the query's nearest, by two bounds on how near it can be.
+def _matters(
+    limit: float, to_centre: float, to_own: float, apart: float, radius: float, length: float, slip: float
+) -> bool:  # fmt: skip
+    """Whether a row of a cell may be within the limit of a query, by two bounds on how near it can be.
 
     Ball: it lies within the cell's radius of the centre. Plane: it lies on its own centre's side of the plane midway
     between that and the query's nearest centre, or it would be in that one's cell.
     """
-    limit = _limit(ask, query, distances)
-    slip = cells.slip * (1 + ask.lengths[query])
-    distance = ask.to_centres[c, query]
-    if distance - cells.radii[c] - np.sqrt(slip) > limit:
+    of_query = slip * (1 + length)
+    if to_centre - radius - np.sqrt(of_query) > limit:
         return False
-    own = ask.near[query, 0]
-    nearest = ask.to_centres[own, query]
-    beyond = distance * distance - nearest * nearest - 2 * (slip + 2 * cells.slip)
-    return not beyond > 2 * (cells.apart[own, c] + np.sqrt(2 * cells.slip)) * limit
+    beyond = to_centre * to_centre - to_own * to_own - 2 * (of_query + 2 * slip)
+    return not beyond > 2 * (apart + np.sqrt(2 * slip)) * limit
 
 
 @compiled
@@ -313,7 +330,11 @@ def search_cells(
     width = cells.values.shape[1] * cells.values.shape[2] // PANEL
     packed = np.zeros((BLOCK, width), cells.values.dtype)
     which, lengths = np.empty(n_queries, np.int64), np.empty(n_queries)
+    limits = np.empty(n_queries)
     for phase in range(NEAREST + 1):
+        for query in range(n_queries):
+            kth = distances[query, ask.k - 1]
+            limits[query] = _limit(kth, ask.unit, ask.error, ask.grow, ask.slips[query])
         for c in range(n_cells):
             n = 0
             for query in range(n_queries):
@@ -323,14 +344,22 @@ def search_cells(
                     wanted = True
                     for i in range(NEAREST):
                         wanted &= ask.near[query, i] != c
-                if wanted and (phase == 0 or _matters(cells, c, ask, query, distances)):
-                    which[n] = query
-                    lengths[n] = ask.to_centres[c, query]
+                to_centre, own = ask.to_centres[c, query], ask.near[query, 0]
+                if wanted and phase > 0:
+                    to_own, apart, length = ask.to_centres[own, query], cells.apart[own, c], ask.lengths[query]
+                    wanted = _matters(
+                        limits[query], to_centre, to_own, apart, cells.radii[c], length, cells.slip
+                    )  # fmt: skip
+                if wanted:
+                    which[n], lengths[n] = query, to_centre
                     n += 1
             if n > 0:
                 cost[2] += n
-                sorted_by_length = which[:n][np.argsort(lengths[:n])]
-                _visit(cells, c, sorted_by_length, ask, bank, number, distances, rows, packed, cost)
+                ready = which[:n][np.argsort(lengths[:n])]
+                _visit(cells, c, ready, ask, bank, number, distances, rows, packed, cost)
+                for query in ready:
+                    kth = distances[query, ask.k - 1]
+                    limits[query] = _limit(kth, ask.unit, ask.error, ask.grow, ask.slips[query])
 
 
 @compiled
