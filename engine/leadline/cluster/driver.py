@@ -155,14 +155,15 @@ def _compute(
     groups = [waiting[first:stop] for first, stop in blocks(len(waiting), config.engine.group_size)]
     with _scratch(config, directory, groups, probes, n_points, is_local, stages) as placed:
         shards = [_missing_shards(placed, group, n_shards) for group in groups]
-        votes = [_missing_votes(placed, group, probes, n_blocks) for group in groups]
+        votes = [_missing_votes(config, placed, group, probes, n_blocks) for group in groups]
         n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
         stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
-        stages.plan("vote", "votes", n_votes, n_votes - sum(map(len, votes)))
+        stages.plan("vote", "votes", n_votes, n_votes - sum(len(step) for steps in votes for step in steps))
         stages.plan("reduce", "points", len(members), len(members) - len(waiting))
-        for group, missing_shards, missing_votes in zip(groups, shards, votes, strict=True):
+        for group, missing_shards, steps in zip(groups, shards, votes, strict=True):
             _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
-            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in missing_votes])
+            for step in steps:
+                _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in step])
             _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
             placed.free_scratch()
         # Also of members that an earlier try had reduced when it was killed.
@@ -182,16 +183,23 @@ def _missing_shards(directory: RunDirectory, group: list[Member], n_shards: int)
 
 
 def _missing_votes(
-    directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
-) -> list[tuple[Member, int, int]]:
-    """Wide probes first: the longest units at the end would leave actors idle."""
+    config: RunConfig, directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
+) -> list[list[tuple[Member, int, int]]]:
+    """Member, probe and block of the votes that are not there, in steps of which each needs the one before.
+
+    Wide probes first: the longest units at the end would leave actors idle.
+    """
     units = [
         (member, probe["index"], block)
         for member in group
         for probe in sorted(probes[member.name], key=lambda probe: -probe["width"])
         for block in range(n_blocks)
     ]
-    return [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
+    missing = [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
+    if config.votes == "all":
+        return [missing]
+    last = max(probe for _, probe, _ in units)
+    return [[unit for unit in missing if unit[1] == probe] for probe in range(last, -1, -1)]
 
 
 @contextmanager
@@ -265,7 +273,6 @@ def _probe_rows(
     config: RunConfig, member: Member, trained: dict[str, Any], reduced: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     for probe, cost in zip(trained["probes"], reduced["cost"], strict=True):
-        held_out = reduced["probe_held_out_accuracy"]
         yield {
             "member": member.name,
             "architecture": member.architecture,
@@ -277,7 +284,7 @@ def _probe_rows(
             "method": config.method,
             "k": config.k,
             "train_accuracy": reduced["probe_train_accuracy"][probe["index"]],
-            "held_out_accuracy": held_out[probe["index"]] if held_out else None,
+            "held_out_accuracy": reduced["probe_held_out_accuracy"][probe["index"]],
             **cost,
         }
 

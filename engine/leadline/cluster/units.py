@@ -18,7 +18,7 @@ from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, Votes, count_votes
+from leadline.knn import Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
@@ -31,6 +31,7 @@ from leadline.store.files import read_json, replacing, write_json
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, write_table
 
+VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
 OUTPUTS = np.dtype([("prediction", np.int32), *((field, np.float32) for field in OUTPUT_FIELDS[1:])])
 
 
@@ -144,44 +145,61 @@ class Bench:
         return (stop - first) * len(members)
 
     def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
-        """The votes of one block of points at one probe. Returns their number."""
+        """The votes of a block's open points at one probe. Returns their number.
+
+        With `votes: until-decided`, the votes of the block at the next probe must be there.
+        """
         started = time.perf_counter()
-        first, stop = self.query_blocks[block]
-        paths = [directory.embedding(member.name, probe, shard) for shard in range(len(self.shards))]
+        asked = self._open_points(directory, member, probe, block)
         bank_ids = self._training_ids(member)
-        queries = np.arange(first, stop)
-        exclude = np.searchsorted(bank_ids, queries)
-        inside = bank_ids[np.minimum(exclude, len(bank_ids) - 1)] == queries
-        exclude = np.where(inside & self.config.leave_one_out, exclude, -1)
-        bank = self._bank(member.name, probe, ShardedRows(paths, bank_ids))
-        neighbours, cost = bank.search(ShardedRows(paths)[first:stop], self.config.k, exclude)
-        votes = count_votes(self.points.labels[bank_ids][neighbours])
+        rows, cost = self._search(directory, member.name, probe, bank_ids, asked)
+        votes = count_votes(self.points.labels[bank_ids[rows]])
+        part = np.empty(len(asked), VOTES)
+        part["point_id"] = asked
+        for field in VOTE_FIELDS:
+            part[field] = getattr(votes, field)
         with replacing(directory.votes_part(member.name, probe, block)) as beside:
-            _save(beside, np.stack([getattr(votes, field) for field in VOTE_FIELDS], axis=1))
+            _save(beside, part)
         seconds = time.perf_counter() - started
         write_json(directory.votes_cost(member.name, probe, block), {**asdict(cost), "seconds": seconds})
-        return stop - first
+        return len(asked)
+
+    def _open_points(self, directory: RunDirectory, member: Member, probe: int, block: int) -> Array:
+        """Ids of the points of a block that a probe is asked for: all of them, or those that no later probe decided."""
+        first, stop = self.query_blocks[block]
+        last = len(read_json(directory.record("train", member.name))["probes"]) - 1
+        if self.config.votes == "all" or probe == last:
+            return np.arange(first, stop)
+        later = _load(directory.votes_part(member.name, probe + 1, block))
+        said = self._outputs(directory, member)[later["point_id"]]["prediction"]
+        return np.asarray(later["point_id"][later["winner"] == said])
+
+    def _search(
+        self, directory: RunDirectory, member: str, probe: int, bank_ids: Array, asked: Array
+    ) -> tuple[Array, Cost]:
+        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what it cost."""
+        k = self.config.k
+        if not len(asked):
+            return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)  # and the bank need not be made ready
+        paths = [directory.embedding(member, probe, shard) for shard in range(len(self.shards))]
+        own = places(bank_ids, asked) if self.config.leave_one_out else None
+        return self._bank(member, probe, ShardedRows(paths, bank_ids)).search(ShardedRows(paths)[asked], k, own)
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
         """Join a member's votes to its tables of votes and depths. Returns the number of its points."""
         trained = read_json(directory.record("train", member.name))
         n_probes = len(trained["probes"])
-        votes = [
-            ShardedRows([directory.votes_part(member.name, probe, block) for block in range(len(self.query_blocks))])
-            for probe in range(n_probes)
-        ]
-        outputs = ShardedRows([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
         tally = _Tally(n_probes)
         write_table(
             directory.member_table("votes", member.name),
             votes_schema(n_probes),
-            (_votes_table(votes, first, stop) for first, stop in blocks(len(self.points), ROWS)),
+            self._vote_tables(directory, member, n_probes),
             self.metadata,
         )
         write_table(
             directory.member_table("depths", member.name),
             DEPTHS,
-            self._depth_tables(member, votes, outputs, tally),
+            self._depth_tables(directory, member, tally),
             self.metadata,
         )
         costs = [
@@ -204,16 +222,21 @@ class Bench:
         )
         return len(self.points)
 
-    def _depth_tables(
-        self, member: Member, votes: list[ShardedRows], outputs: ShardedRows, tally: "_Tally"
-    ) -> Iterator[pa.Table]:
+    def _vote_tables(self, directory: RunDirectory, member: Member, n_probes: int) -> Iterator[pa.Table]:
+        for first, stop in blocks(len(self.points), ROWS):
+            votes = self._votes(directory, member, n_probes, first, stop)
+            columns = vote_columns([Votes(**{field: probe[field] for field in VOTE_FIELDS}) for probe in votes.T])
+            yield pa.table({"point_id": np.arange(first, stop), **columns})
+
+    def _depth_tables(self, directory: RunDirectory, member: Member, tally: "_Tally") -> Iterator[pa.Table]:
         in_training = np.zeros(len(self.points), bool)
         in_training[self._training_ids(member)] = True
+        outputs = self._outputs(directory, member)
         for first, stop in blocks(len(self.points), ROWS):
-            winners = np.stack([probe[first:stop][:, 0] for probe in votes], axis=1)
+            winners = self._votes(directory, member, tally.n_probes, first, stop)["winner"]
             said, labels, inside = outputs[first:stop], self.points.labels[first:stop], in_training[first:stop]
             depths = depth_from_votes(winners, said["prediction"])
-            tally.add(inside, said["prediction"] == labels, winners == labels[:, None])
+            tally.add(inside, said["prediction"] == labels, winners == labels[:, None], winners >= 0)
             yield pa.table(
                 {
                     "point_id": np.arange(first, stop),
@@ -221,9 +244,23 @@ class Bench:
                     "in_training": inside,
                     **{field: said[field] for field in OUTPUT_FIELDS},
                     "depth": depths,
-                    "unsettled": is_unsettled(depths, len(votes)),
+                    "unsettled": is_unsettled(depths, tally.n_probes),
                 }
             )
+
+    def _votes(self, directory: RunDirectory, member: Member, n_probes: int, first: int, stop: int) -> Array:
+        """VOTES [stop - first, P] of a range of points; the winner of a vote that was not computed is -1."""
+        votes = np.zeros((stop - first, n_probes), VOTES)
+        votes["winner"] = -1
+        for block, (start, end) in enumerate(self.query_blocks):
+            for probe in range(n_probes) if start < stop and first < end else ():
+                part = _load(directory.votes_part(member.name, probe, block))
+                part = part[(part["point_id"] >= first) & (part["point_id"] < stop)]
+                votes[part["point_id"] - first, probe] = part
+        return votes
+
+    def _outputs(self, directory: RunDirectory, member: Member) -> ShardedRows:
+        return ShardedRows([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
 
     def _training_ids(self, member: Member) -> Array:
         return training_ids(member.config.split, self.points.parts, member.seed)
@@ -267,32 +304,44 @@ class _Tally:
     """Right answers of the network and of each probe, in training and held out."""
 
     def __init__(self, n_probes: int) -> None:
+        self.n_probes = n_probes
         self.points = np.zeros(2, np.int64)
         self.network = np.zeros(2, np.int64)
         self.probes = np.zeros((2, n_probes), np.int64)
+        self.computed = np.zeros((2, n_probes), np.int64)
 
-    def add(self, inside: Array, network: Array, probes: Array) -> None:
+    def add(self, inside: Array, network: Array, probes: Array, computed: Array) -> None:
         for side, where in enumerate((inside, ~inside)):
             self.points[side] += np.count_nonzero(where)
             self.network[side] += np.count_nonzero(network[where])
             self.probes[side] += probes[where].sum(axis=0)
+            self.computed[side] += computed[where].sum(axis=0)
 
     def accuracies(self) -> dict[str, Any]:
-        def share(right: Array, side: int) -> Any:
-            return (right[side] / self.points[side]).tolist() if self.points[side] else None
+        """Shares of right answers; None where there are no points, or not all of their votes were computed."""
+
+        def share(side: int, right: int, of: int) -> float | None:
+            return float(right / of) if 0 < of == self.points[side] else None
+
+        def by_probe(side: int) -> list[float | None]:
+            return [share(side, *counts) for counts in zip(self.probes[side], self.computed[side], strict=True)]
 
         return {
             "n_held_out": int(self.points[1]),
-            "train_accuracy": share(self.network, 0),
-            "held_out_accuracy": share(self.network, 1),
-            "probe_train_accuracy": share(self.probes, 0),
-            "probe_held_out_accuracy": share(self.probes, 1),
+            "train_accuracy": share(0, self.network[0], self.points[0]),
+            "held_out_accuracy": share(1, self.network[1], self.points[1]),
+            "probe_train_accuracy": by_probe(0),
+            "probe_held_out_accuracy": by_probe(1),
         }
 
 
-def _votes_table(votes: list[ShardedRows], first: int, stop: int) -> pa.Table:
-    columns = vote_columns([Votes(*probe[first:stop].T) for probe in votes])
-    return pa.table({"point_id": np.arange(first, stop), **columns})
+def places(ids: Array, wanted: Array) -> Array:
+    """Where each wanted id lies in ascending ids, -1 where it does not; int64, as long as `wanted`."""
+    return np.where(np.isin(wanted, ids), np.searchsorted(ids, wanted), -1)
+
+
+def _load(path: Path) -> Array:
+    return np.asarray(np.load(path, allow_pickle=False))
 
 
 def _save(path: Path, array: Array) -> None:

@@ -5,7 +5,7 @@ points.parquet members.parquet probes.parquet ensemble.parquet
 depths/member=M/part-0.parquet votes/member=M/part-0.parquet
 weights/M.safetensors          of every member, trained here or given
 units/train/M.json             records of finished units; a unit without its record is done again
-units/vote/M/PPP-BBBBB.npy     votes of one probe and query block, until the member is reduced
+units/vote/M/PPP-BBBBB.npy     computed votes of one probe and query block, until the member is reduced
 units/reduce/M.json
 scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
 """
