@@ -1,4 +1,6 @@
-"""Units of a run, done in this process: which points a probe is asked for."""
+"""Units of a run, done in this process: which points a probe is asked for, and what members share."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from tiny import TINY
 from leadline.cluster.units import Bench, list_members
 from leadline.config import load_config
 from leadline.knn import Bank
+from leadline.points import open_points
 from leadline.store import RunDirectory
 
 
@@ -67,3 +70,43 @@ def test_a_block_without_open_points_is_not_searched(tmp_path, searches):
     for probe in (2, 1, 0):
         assert bench.vote(directory, member, probe, 0) == 0
     assert searches == {"queries": [], "banks": 0}
+
+
+def with_splits(tmp_path, votes, *splits):
+    """TINY with a member for each of these arrays of training ids."""
+    for seed, ids in enumerate(splits):
+        np.save(tmp_path / f"split-{seed}.npy", ids)
+    split = {"kind": "file", "path": str(tmp_path / "split-{seed}.npy")}
+    return {**TINY, "votes": votes, "members": [{**TINY["members"][0], "count": len(splits), "split": split}]}
+
+
+@pytest.mark.parametrize("votes", ["all", "until-decided"])
+def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_bank(tmp_path, searches, votes):
+    labels = open_points(load_config(TINY).points).labels
+    splits = [np.arange(1797), np.flatnonzero(labels < 6), np.flatnonzero(np.arange(1797) % 10)]
+    config = with_splits(tmp_path, votes, *splits)
+    bench, directory, members = trained(config, tmp_path / "run")
+    assert bench.common.pays
+    for block, (first, stop) in enumerate(bench.query_blocks):
+        later = (3, 2, 1) if votes == "until-decided" else ()
+        for member in members:
+            for probe in later:
+                bench.vote(directory, member, probe, block)
+        searches["queries"].clear()
+        # Shared by the first two, as if the third were in another group.
+        assert bench.share(directory, members[:2], block) == searches["queries"].pop() <= stop - first
+        asked = [bench.vote(directory, member, 0, block) for member in members]
+        # Many neighbours of a 6 are not below 6, hardly any of them end in 0.
+        searched = searches["queries"]
+        assert 0 < max(searched) == searched[0] < asked[1]
+        assert sum(searched[1:]) < asked[2] / 20
+        assert (len(searched) == 1) or votes == "until-decided"
+        for member in members:
+            alone = load_config({**config, "members": [{**config["members"][0], "seed": member.seed, "count": 1}]})
+            own, other = Bench(alone, {}), RunDirectory(tmp_path / "alone", directory.scratch)
+            assert not own.common.pays
+            for stage in ("train", *(["vote"] if later else [])):
+                shutil.copytree(directory.root / "units" / stage, other.root / "units" / stage, dirs_exist_ok=True)
+            own.vote(other, member, 0, block)
+            place = (member.name, 0, block)
+            assert other.votes_part(*place).read_bytes() == directory.votes_part(*place).read_bytes()

@@ -1,16 +1,8 @@
 """`votes: until-decided`: the depths of `votes: all` from fewer votes."""
 
-import json
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import duckdb
 import numpy as np
 import pytest
-import yaml
 from tiny import TINY, tables_of
 
 import leadline
@@ -58,8 +50,12 @@ def test_the_table_of_probes_tells_the_smaller_work(tiny_run, until_decided_run)
         if found["probe"] == 3:
             assert found == expected
         else:
-            assert found["pairs"] < expected["pairs"]
             assert found["train_accuracy"] is None
+    work = {
+        probe: [sum(row["pairs"] for row in rows if row["probe"] == probe) for rows in (part, whole)]
+        for probe in range(3)
+    }
+    assert all(less < all_of_it for less, all_of_it in work.values()), work
 
 
 def test_readers_cope_with_votes_that_are_not_there(tiny_run, until_decided_run):
@@ -76,21 +72,3 @@ def test_readers_cope_with_votes_that_are_not_there(tiny_run, until_decided_run)
 def test_another_kind_of_votes_is_another_run(tiny_run):
     with pytest.raises(LeadlineError, match=r"configuration\.votes was 'all', is now 'until-decided'"):
         leadline.run({**TINY, "votes": "until-decided"}, tiny_run.directory.root)
-
-
-def test_a_run_that_is_killed_between_probes_goes_on(until_decided_run, tmp_path):
-    run, config = tmp_path / "run", tmp_path / "tiny.yaml"
-    tree = {**TINY, "votes": "until-decided"}
-    config.write_text(yaml.safe_dump({**tree, "engine": {**TINY["engine"], "scratch": str(tmp_path / "scratch")}}))
-    command = [str(Path(sys.executable).with_name("leadline")), "run", str(config), "--out", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        deadline = time.monotonic() + 120
-        while not list(run.glob("units/vote/*/002-*.json")) and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        driver.send_signal(signal.SIGKILL)
-    assert json.loads((run / "run.json").read_text())["status"] == "running"
-    done = len(list(run.glob("units/vote/*/*.json")))
-    assert done > 0
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "vote  " in finished.stderr and "units are there already" in finished.stderr
-    assert tables_of(run) == tables_of(until_decided_run.directory.root)

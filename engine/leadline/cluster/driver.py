@@ -19,7 +19,7 @@ from rich.console import Console
 
 from leadline.cluster.pool import Pool, connected
 from leadline.cluster.progress import Stages
-from leadline.cluster.units import Member, blocks, list_members, shard_edges
+from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.errors import LeadlineError
@@ -67,7 +67,7 @@ def run(
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            _compute(config, directory, members, len(points), is_local, stages, stamps)
+            _compute(config, directory, members, points, is_local, stages, stamps)
         directory.free_scratch()
         _combine(directory, members, points, config, stamps)
         files = {
@@ -139,10 +139,11 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
 
 
 def _compute(
-    config: RunConfig, directory: RunDirectory, members: list[Member], n_points: int, is_local: bool, stages: Stages,
+    config: RunConfig, directory: RunDirectory, members: list[Member], points: Points, is_local: bool, stages: Stages,
     stamps: dict[str, str],
 ) -> None:  # fmt: skip
     """Train, embed, vote and reduce. Every stage leaves out what is there from an earlier try."""
+    n_points = len(points)
     n_shards = len(shard_edges(config, n_points))
     n_blocks = len(blocks(n_points, config.engine.query_block))
     untrained = [m for m in members if not directory.record("train", m.name).exists()]
@@ -158,17 +159,28 @@ def _compute(
         votes = [_missing_votes(config, placed, group, probes, n_blocks) for group in groups]
         n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
         stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
+        unshared: list[int] = []
+        if waiting and bank_of_all(config, points.parts).pays:
+            unshared = [block for block in range(n_blocks) if not directory.shared_cost(block).exists()]
+            stages.plan("share", "points", n_blocks, n_blocks - len(unshared))
         stages.plan("vote", "votes", n_votes, n_votes - sum(len(step) for steps in votes for step in steps))
         stages.plan("reduce", "points", len(members), len(members) - len(waiting))
         for group, missing_shards, steps in zip(groups, shards, votes, strict=True):
             _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
-            for step in steps:
+            *earlier, last = steps
+            for step in earlier:
                 _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in step])
+            if unshared:
+                # Once for the run, while the input is there; kept until every member is reduced.
+                _do(pool, stages, "share", [("share", (placed, group, block)) for block in unshared])
+                unshared = []
+            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in last])
             _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
             placed.free_scratch()
         # Also of members that an earlier try had reduced when it was killed.
         for member in members:
             placed.free_votes(member.name)
+        placed.free_shared()
         placed.free_scratch()
 
 
@@ -187,7 +199,7 @@ def _missing_votes(
 ) -> list[list[tuple[Member, int, int]]]:
     """Member, probe and block of the votes that are not there, in steps of which each needs the one before.
 
-    Wide probes first: the longest units at the end would leave actors idle.
+    Probe 0 is in the last step. Wide probes first: the longest units at the end would leave actors idle.
     """
     units = [
         (member, probe["index"], block)

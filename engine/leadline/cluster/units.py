@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
 from leadline.knn import Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array
+from leadline.knn.exact import by_distance
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import path_of_seed, training_ids
@@ -59,6 +61,12 @@ def list_members(config: RunConfig) -> list[Member]:
     ]
 
 
+def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
+    """The common bank of a run's members (see `common_bank`); parts: [N], the points'."""
+    splits = (training_ids(member.config.split, parts, member.seed) for member in list_members(config))
+    return common_bank(splits, len(parts), config.k, config.leave_one_out)
+
+
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
     """(first, stop) of the pieces of n things, `size` each."""
     return [(first, min(first + size, n)) for first in range(0, n, size)]
@@ -81,6 +89,7 @@ class Bench:
         self.points = open_points(config.points)
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
+        self.common = bank_of_all(config, self.points.parts)
         self._ready: tuple[tuple[str, int], Bank] | None = None
         self._networks: dict[str, tuple[torch.nn.Module, list[Probe]]] = {}
 
@@ -144,16 +153,36 @@ class Bench:
                 _save(beside, out)
         return (stop - first) * len(members)
 
+    def share(self, directory: RunDirectory, members: Sequence[Member], block: int) -> int:
+        """The common neighbours, at the input, of the points of a block that any of the members is asked for.
+
+        Returns the number of points. With `votes: until-decided`, the members' votes at probe 1 must be there.
+        """
+        started = time.perf_counter()
+        asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
+        rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
+        inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
+        ordered, _ = by_distance(ShardedRows(inputs, self.common.ids), ShardedRows(inputs)[asked], rows)
+        shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
+        shared["point_id"], shared["neighbours"] = asked, self.common.ids[ordered]
+        with replacing(directory.shared(block)) as beside:
+            _save(beside, shared)
+        write_json(directory.shared_cost(block), {**asdict(cost), "seconds": time.perf_counter() - started})
+        return len(asked)
+
     def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
         """The votes of a block's open points at one probe. Returns their number.
 
-        With `votes: until-decided`, the votes of the block at the next probe must be there.
+        With `votes: until-decided`, the votes of the block at the next probe must be there; at the input, what the
+        members share.
         """
         started = time.perf_counter()
         asked = self._open_points(directory, member, probe, block)
-        bank_ids = self._training_ids(member)
-        rows, cost = self._search(directory, member.name, probe, bank_ids, asked)
-        votes = count_votes(self.points.labels[bank_ids[rows]])
+        if probe == 0 and self.common.pays:
+            neighbours, cost = self._among_shared(directory, member, block, asked)
+        else:
+            neighbours, cost = self._among_own(directory, member, probe, asked)
+        votes = count_votes(self.points.labels[neighbours])
         part = np.empty(len(asked), VOTES)
         part["point_id"] = asked
         for field in VOTE_FIELDS:
@@ -174,16 +203,37 @@ class Bench:
         said = self._outputs(directory, member)[later["point_id"]]["prediction"]
         return np.asarray(later["point_id"][later["winner"] == said])
 
+    def _among_own(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> tuple[Array, Cost]:
+        """Ids of the k nearest points of a member's own bank, [Q, k], and what they cost."""
+        bank_ids = self._training_ids(member)
+        rows, cost = self._search(directory, member.name, probe, bank_ids, asked, self.config.k)
+        return bank_ids[rows], cost
+
+    def _among_shared(self, directory: RunDirectory, member: Member, block: int, asked: Array) -> tuple[Array, Cost]:
+        """The same at the input, from what the members share; searched for where that says too little."""
+        shared = _load(directory.shared(block))
+        place = places(shared["point_id"], asked)
+        inside = np.zeros(len(self.points), bool)
+        inside[self._training_ids(member)] = True
+        neighbours = np.empty((len(asked), self.config.k), np.int64)
+        known = place >= 0
+        neighbours[known], enough = own_neighbours(shared["neighbours"][place[known]], inside, self.config.k)
+        known[known] = enough
+        neighbours[~known], cost = self._among_own(directory, member, 0, asked[~known])
+        return neighbours, cost
+
     def _search(
-        self, directory: RunDirectory, member: str, probe: int, bank_ids: Array, asked: Array
+        self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array, k: int
     ) -> tuple[Array, Cost]:
-        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what it cost."""
-        k = self.config.k
+        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what they cost.
+
+        owner: a member, whose embeddings and bank they are, or "input" for the common bank.
+        """
         if not len(asked):
             return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)  # and the bank need not be made ready
-        paths = [directory.embedding(member, probe, shard) for shard in range(len(self.shards))]
+        paths = [directory.embedding(owner, probe, shard) for shard in range(len(self.shards))]
         own = places(bank_ids, asked) if self.config.leave_one_out else None
-        return self._bank(member, probe, ShardedRows(paths, bank_ids)).search(ShardedRows(paths)[asked], k, own)
+        return self._bank(owner, probe, ShardedRows(paths, bank_ids)).search(ShardedRows(paths)[asked], k, own)
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
         """Join a member's votes to its tables of votes and depths. Returns the number of its points."""
@@ -202,10 +252,13 @@ class Bench:
             self._depth_tables(directory, member, tally),
             self.metadata,
         )
+        every_block = range(len(self.query_blocks))
         costs = [
-            [read_json(directory.votes_cost(member.name, probe, block)) for block in range(len(self.query_blocks))]
+            [read_json(directory.votes_cost(member.name, probe, block)) for block in every_block]
             for probe in range(n_probes)
         ]
+        if self.common.pays and member == list_members(self.config)[0]:
+            costs[0] += [read_json(directory.shared_cost(block)) for block in every_block]
         write_json(
             directory.record("reduce", member.name),
             {
@@ -270,11 +323,11 @@ class Bench:
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
 
-    def _bank(self, member: str, probe: int, rows: ShardedRows) -> Bank:
+    def _bank(self, owner: str, probe: int, rows: ShardedRows) -> Bank:
         """The bank of a probe, made ready once for all blocks that come one after another."""
-        if self._ready is None or self._ready[0] != (member, probe):
+        if self._ready is None or self._ready[0] != (owner, probe):
             self._ready = None  # two banks are never in memory together
-            self._ready = ((member, probe), Bank(rows, self.device))
+            self._ready = ((owner, probe), Bank(rows, self.device))
         return self._ready[1]
 
     def _network(self, directory: RunDirectory, member: Member) -> tuple[torch.nn.Module, list[Probe]]:

@@ -50,6 +50,7 @@ PROBES = pa.schema(
         ("k", pa.int32()),
         ("train_accuracy", pa.float64()),  # of the votes; null where not all of them were computed
         ("held_out_accuracy", pa.float64()),  # also null where nothing is held out
+        # What the search did. Where the members share the input's neighbours, that search is the run's first member's.
         ("pairs", pa.int64()),
         ("certified", pa.int64()),
         ("reranked", pa.int64()),
