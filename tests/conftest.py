@@ -1,6 +1,14 @@
 """What several rooms' tests share."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
+import yaml
 from tiny import TINY
 
 
@@ -10,3 +18,29 @@ def tiny_run(tmp_path_factory):
     import leadline
 
     return leadline.run(TINY, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def until_decided_run(tmp_path_factory):
+    """The same with `votes: until-decided`; it was killed once, when the first neighbours were shared, and went on."""
+    import leadline
+
+    folder = tmp_path_factory.mktemp("until-decided")
+    run, config = folder / "run", folder / "tiny.yaml"
+    engine = {**TINY["engine"], "scratch": str(folder / "scratch")}
+    config.write_text(yaml.safe_dump({**TINY, "votes": "until-decided", "engine": engine}))
+    command = [str(Path(sys.executable).with_name("leadline")), "run", str(config), "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        deadline = time.monotonic() + 120
+        while not list(run.glob("units/share/*.json")) and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        driver.send_signal(signal.SIGKILL)
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    time.sleep(1)  # Ray's processes notice that their driver is gone
+    shared, voted = len(list(run.glob("units/share/*.json"))), len(list(run.glob("units/vote/*/*.json")))
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Three probes of two members, six blocks each, are voted for before the input's neighbours are shared.
+    assert shared > 0 and voted >= 36
+    for stage, units in (("share", shared), ("vote", voted)):
+        assert f"{stage}  {units}/" in finished.stderr, finished.stderr
+    return leadline.open(run)

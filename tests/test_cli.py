@@ -66,6 +66,7 @@ def write(path, tree):
         ("points.source=digts", ["points", "'digts'", "'digits'"]),
         ("points.sorce=3", ["points.sorce: no such key"]),
         ("method=magic", ["method", "'exact'", "'magic'"]),
+        ("votes=some", ["votes", "'until-decided'", "'some'"]),
         ("members=[]", ["members", "at least 1"]),
         ("members.0.training.steps=-1", ["members.0.training.steps", "greater than or equal to 0", "-1"]),
         ("members.0.split.kind=odd", ["members.0.split", "'odd'", "'random'"]),

@@ -201,6 +201,10 @@ class RunConfig(Section):
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     k: int = Field(default=30, ge=1, description="neighbours that vote")
     method: Literal["exact"] = "exact"
+    votes: Literal["all", "until-decided"] = Field(
+        default="all",
+        description="until-decided: from the last probe down, a point's votes end where its depth is told",
+    )
     leave_one_out: bool = Field(default=True, description="a training point is left out of its own neighbours")
     engine: Engine = Engine()
 

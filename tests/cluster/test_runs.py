@@ -89,6 +89,13 @@ def test_votes_are_scikit_learns_and_depths_follow(tiny_run):
     np.testing.assert_array_equal(depths["depth"].to_numpy(), slow)
 
 
+def test_the_search_at_the_input_is_made_once_for_all_members(tiny_run):
+    """And it is counted at the first; every point has neighbours enough in every member's split."""
+    pairs = tiny_run.sql("SELECT pairs FROM probes WHERE probe = 0 ORDER BY member")["pairs"].to_pylist()
+    assert pairs[0] > 0 and pairs[1:] == [0, 0]
+    assert tiny_run.manifest["stages"]["share"]["work"] == 1797
+
+
 @pytest.mark.parametrize(("workers", "shard_size", "query_block"), [(1, 100, 300), (3, 640, 300), (2, 5000, 300)])
 def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, shard_size, query_block):
     config = changed(workers=workers, shard_size=shard_size, query_block=query_block, group_size=workers)
@@ -136,7 +143,7 @@ def test_killing_the_driver_in_each_stage_loses_only_units_in_flight(tiny_run, t
     assert tables_of(run) == tables_of(tiny_run.directory.root)
     assert verify(leadline.open(run).directory) == []
     assert not (run / "scratch").exists()
-    assert not list((run / "units").glob("vote/*"))
+    assert not list((run / "units").glob("vote/*")) + list((run / "units").glob("share*"))
 
 
 def expect_not_redone(log, done):

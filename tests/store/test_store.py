@@ -145,6 +145,27 @@ def test_tables_that_disagree_are_found(copy, name, column, change, words):
     assert any((words in fault and path.name in fault) or words in fault for fault in faults), faults
 
 
+def test_nulls_where_votes_should_be_are_found(copy, until_decided_run, tmp_path):
+    def without_a_vote(table):
+        lists = table["runner_up"].to_pylist()
+        lists[7][2] = None
+        place = table.schema.get_field_index("runner_up")
+        return table.set_column(place, table.schema.field(place), pa.array(lists, table.schema.field(place).type))
+
+    shutil.copytree(until_decided_run.directory.root, tmp_path / "other")
+    for directory in (copy, RunDirectory(tmp_path / "other")):
+        rewrite(directory, directory.member_table("votes", "mlp-0"), without_a_vote)
+        assert any("column runner_up of point 7 has nulls" in fault for fault in verify(directory))
+
+
+def test_votes_that_should_not_be_there_are_found(tiny_run, until_decided_run, tmp_path):
+    shutil.copytree(until_decided_run.directory.root, tmp_path / "other")
+    other = RunDirectory(tmp_path / "other")
+    whole = pq.ParquetFile(tiny_run.directory.member_table("votes", "mlp-0")).read()
+    rewrite(other, other.member_table("votes", "mlp-0"), lambda table: whole)
+    assert any("column winner of point" in fault and "has nulls at other probes" in fault for fault in verify(other))
+
+
 def test_a_missing_or_strange_column_is_found(copy):
     rewrite(copy, copy.table("points"), lambda table: table.drop_columns(["key"]))
     assert any("columns key" in fault for fault in verify(copy))

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from leadline.cluster.pool import Pool, connected
 from leadline.cluster.progress import Stages
-from leadline.cluster.units import Member, blocks, list_members, shard_edges
+from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.errors import LeadlineError
@@ -67,7 +67,7 @@ def run(
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            _compute(config, directory, members, len(points), is_local, stages, stamps)
+            _compute(config, directory, members, points, is_local, stages, stamps)
         directory.free_scratch()
         _combine(directory, members, points, config, stamps)
         files = {
@@ -139,10 +139,11 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
 
 
 def _compute(
-    config: RunConfig, directory: RunDirectory, members: list[Member], n_points: int, is_local: bool, stages: Stages,
+    config: RunConfig, directory: RunDirectory, members: list[Member], points: Points, is_local: bool, stages: Stages,
     stamps: dict[str, str],
 ) -> None:  # fmt: skip
     """Train, embed, vote and reduce. Every stage leaves out what is there from an earlier try."""
+    n_points = len(points)
     n_shards = len(shard_edges(config, n_points))
     n_blocks = len(blocks(n_points, config.engine.query_block))
     untrained = [m for m in members if not directory.record("train", m.name).exists()]
@@ -155,19 +156,31 @@ def _compute(
     groups = [waiting[first:stop] for first, stop in blocks(len(waiting), config.engine.group_size)]
     with _scratch(config, directory, groups, probes, n_points, is_local, stages) as placed:
         shards = [_missing_shards(placed, group, n_shards) for group in groups]
-        votes = [_missing_votes(placed, group, probes, n_blocks) for group in groups]
+        votes = [_missing_votes(config, placed, group, probes, n_blocks) for group in groups]
         n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
         stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
-        stages.plan("vote", "votes", n_votes, n_votes - sum(map(len, votes)))
+        unshared: list[int] = []
+        if waiting and bank_of_all(config, points.parts).pays:
+            unshared = [block for block in range(n_blocks) if not directory.shared_cost(block).exists()]
+            stages.plan("share", "points", n_blocks, n_blocks - len(unshared))
+        stages.plan("vote", "votes", n_votes, n_votes - sum(len(step) for steps in votes for step in steps))
         stages.plan("reduce", "points", len(members), len(members) - len(waiting))
-        for group, missing_shards, missing_votes in zip(groups, shards, votes, strict=True):
+        for group, missing_shards, steps in zip(groups, shards, votes, strict=True):
             _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
-            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in missing_votes])
+            *earlier, last = steps
+            for step in earlier:
+                _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in step])
+            if unshared:
+                # Once for the run, while the input is there; kept until every member is reduced.
+                _do(pool, stages, "share", [("share", (placed, group, block)) for block in unshared])
+                unshared = []
+            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in last])
             _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
             placed.free_scratch()
         # Also of members that an earlier try had reduced when it was killed.
         for member in members:
             placed.free_votes(member.name)
+        placed.free_shared()
         placed.free_scratch()
 
 
@@ -182,16 +195,23 @@ def _missing_shards(directory: RunDirectory, group: list[Member], n_shards: int)
 
 
 def _missing_votes(
-    directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
-) -> list[tuple[Member, int, int]]:
-    """Wide probes first: the longest units at the end would leave actors idle."""
+    config: RunConfig, directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
+) -> list[list[tuple[Member, int, int]]]:
+    """Member, probe and block of the votes that are not there, in steps of which each needs the one before.
+
+    Probe 0 is in the last step. Wide probes first: the longest units at the end would leave actors idle.
+    """
     units = [
         (member, probe["index"], block)
         for member in group
         for probe in sorted(probes[member.name], key=lambda probe: -probe["width"])
         for block in range(n_blocks)
     ]
-    return [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
+    missing = [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
+    if config.votes == "all":
+        return [missing]
+    last = max(probe for _, probe, _ in units)
+    return [[unit for unit in missing if unit[1] == probe] for probe in range(last, -1, -1)]
 
 
 @contextmanager
@@ -265,7 +285,6 @@ def _probe_rows(
     config: RunConfig, member: Member, trained: dict[str, Any], reduced: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     for probe, cost in zip(trained["probes"], reduced["cost"], strict=True):
-        held_out = reduced["probe_held_out_accuracy"]
         yield {
             "member": member.name,
             "architecture": member.architecture,
@@ -277,7 +296,7 @@ def _probe_rows(
             "method": config.method,
             "k": config.k,
             "train_accuracy": reduced["probe_train_accuracy"][probe["index"]],
-            "held_out_accuracy": held_out[probe["index"]] if held_out else None,
+            "held_out_accuracy": reduced["probe_held_out_accuracy"][probe["index"]],
             **cost,
         }
 

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, Votes, count_votes
+from leadline.knn import Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array
+from leadline.knn.exact import by_distance
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import path_of_seed, training_ids
@@ -31,6 +33,7 @@ from leadline.store.files import read_json, replacing, write_json
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, write_table
 
+VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
 OUTPUTS = np.dtype([("prediction", np.int32), *((field, np.float32) for field in OUTPUT_FIELDS[1:])])
 
 
@@ -58,6 +61,12 @@ def list_members(config: RunConfig) -> list[Member]:
     ]
 
 
+def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
+    """The common bank of a run's members (see `common_bank`); parts: [N], the points'."""
+    splits = (training_ids(member.config.split, parts, member.seed) for member in list_members(config))
+    return common_bank(splits, len(parts), config.k, config.leave_one_out)
+
+
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
     """(first, stop) of the pieces of n things, `size` each."""
     return [(first, min(first + size, n)) for first in range(0, n, size)]
@@ -80,6 +89,7 @@ class Bench:
         self.points = open_points(config.points)
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
+        self.common = bank_of_all(config, self.points.parts)
         self._ready: tuple[tuple[str, int], Bank] | None = None
         self._networks: dict[str, tuple[torch.nn.Module, list[Probe]]] = {}
 
@@ -143,51 +153,112 @@ class Bench:
                 _save(beside, out)
         return (stop - first) * len(members)
 
-    def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
-        """The votes of one block of points at one probe. Returns their number."""
+    def share(self, directory: RunDirectory, members: Sequence[Member], block: int) -> int:
+        """The common neighbours, at the input, of the points of a block that any of the members is asked for.
+
+        Returns the number of points. With `votes: until-decided`, the members' votes at probe 1 must be there.
+        """
         started = time.perf_counter()
-        first, stop = self.query_blocks[block]
-        paths = [directory.embedding(member.name, probe, shard) for shard in range(len(self.shards))]
-        bank_ids = self._training_ids(member)
-        queries = np.arange(first, stop)
-        exclude = np.searchsorted(bank_ids, queries)
-        inside = bank_ids[np.minimum(exclude, len(bank_ids) - 1)] == queries
-        exclude = np.where(inside & self.config.leave_one_out, exclude, -1)
-        bank = self._bank(member.name, probe, ShardedRows(paths, bank_ids))
-        neighbours, cost = bank.search(ShardedRows(paths)[first:stop], self.config.k, exclude)
-        votes = count_votes(self.points.labels[bank_ids][neighbours])
+        asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
+        rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
+        inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
+        ordered, _ = by_distance(ShardedRows(inputs, self.common.ids), ShardedRows(inputs)[asked], rows)
+        shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
+        shared["point_id"], shared["neighbours"] = asked, self.common.ids[ordered]
+        with replacing(directory.shared(block)) as beside:
+            _save(beside, shared)
+        write_json(directory.shared_cost(block), {**asdict(cost), "seconds": time.perf_counter() - started})
+        return len(asked)
+
+    def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
+        """The votes of a block's open points at one probe. Returns their number.
+
+        With `votes: until-decided`, the votes of the block at the next probe must be there; at the input, what the
+        members share.
+        """
+        started = time.perf_counter()
+        asked = self._open_points(directory, member, probe, block)
+        if probe == 0 and self.common.pays:
+            neighbours, cost = self._among_shared(directory, member, block, asked)
+        else:
+            neighbours, cost = self._among_own(directory, member, probe, asked)
+        votes = count_votes(self.points.labels[neighbours])
+        part = np.empty(len(asked), VOTES)
+        part["point_id"] = asked
+        for field in VOTE_FIELDS:
+            part[field] = getattr(votes, field)
         with replacing(directory.votes_part(member.name, probe, block)) as beside:
-            _save(beside, np.stack([getattr(votes, field) for field in VOTE_FIELDS], axis=1))
+            _save(beside, part)
         seconds = time.perf_counter() - started
         write_json(directory.votes_cost(member.name, probe, block), {**asdict(cost), "seconds": seconds})
-        return stop - first
+        return len(asked)
+
+    def _open_points(self, directory: RunDirectory, member: Member, probe: int, block: int) -> Array:
+        """Ids of the points of a block that a probe is asked for: all of them, or those that no later probe decided."""
+        first, stop = self.query_blocks[block]
+        last = len(read_json(directory.record("train", member.name))["probes"]) - 1
+        if self.config.votes == "all" or probe == last:
+            return np.arange(first, stop)
+        later = _load(directory.votes_part(member.name, probe + 1, block))
+        said = self._outputs(directory, member)[later["point_id"]]["prediction"]
+        return np.asarray(later["point_id"][later["winner"] == said])
+
+    def _among_own(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> tuple[Array, Cost]:
+        """Ids of the k nearest points of a member's own bank, [Q, k], and what they cost."""
+        bank_ids = self._training_ids(member)
+        rows, cost = self._search(directory, member.name, probe, bank_ids, asked, self.config.k)
+        return bank_ids[rows], cost
+
+    def _among_shared(self, directory: RunDirectory, member: Member, block: int, asked: Array) -> tuple[Array, Cost]:
+        """The same at the input, from what the members share; searched for where that says too little."""
+        shared = _load(directory.shared(block))
+        place = places(shared["point_id"], asked)
+        inside = np.zeros(len(self.points), bool)
+        inside[self._training_ids(member)] = True
+        neighbours = np.empty((len(asked), self.config.k), np.int64)
+        known = place >= 0
+        neighbours[known], enough = own_neighbours(shared["neighbours"][place[known]], inside, self.config.k)
+        known[known] = enough
+        neighbours[~known], cost = self._among_own(directory, member, 0, asked[~known])
+        return neighbours, cost
+
+    def _search(
+        self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array, k: int
+    ) -> tuple[Array, Cost]:
+        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what they cost.
+
+        owner: a member, whose embeddings and bank they are, or "input" for the common bank.
+        """
+        if not len(asked):
+            return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)  # and the bank need not be made ready
+        paths = [directory.embedding(owner, probe, shard) for shard in range(len(self.shards))]
+        own = places(bank_ids, asked) if self.config.leave_one_out else None
+        return self._bank(owner, probe, ShardedRows(paths, bank_ids)).search(ShardedRows(paths)[asked], k, own)
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
         """Join a member's votes to its tables of votes and depths. Returns the number of its points."""
         trained = read_json(directory.record("train", member.name))
         n_probes = len(trained["probes"])
-        votes = [
-            ShardedRows([directory.votes_part(member.name, probe, block) for block in range(len(self.query_blocks))])
-            for probe in range(n_probes)
-        ]
-        outputs = ShardedRows([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
         tally = _Tally(n_probes)
         write_table(
             directory.member_table("votes", member.name),
             votes_schema(n_probes),
-            (_votes_table(votes, first, stop) for first, stop in blocks(len(self.points), ROWS)),
+            self._vote_tables(directory, member, n_probes),
             self.metadata,
         )
         write_table(
             directory.member_table("depths", member.name),
             DEPTHS,
-            self._depth_tables(member, votes, outputs, tally),
+            self._depth_tables(directory, member, tally),
             self.metadata,
         )
+        every_block = range(len(self.query_blocks))
         costs = [
-            [read_json(directory.votes_cost(member.name, probe, block)) for block in range(len(self.query_blocks))]
+            [read_json(directory.votes_cost(member.name, probe, block)) for block in every_block]
             for probe in range(n_probes)
         ]
+        if self.common.pays and member == list_members(self.config)[0]:
+            costs[0] += [read_json(directory.shared_cost(block)) for block in every_block]
         write_json(
             directory.record("reduce", member.name),
             {
@@ -204,16 +275,21 @@ class Bench:
         )
         return len(self.points)
 
-    def _depth_tables(
-        self, member: Member, votes: list[ShardedRows], outputs: ShardedRows, tally: "_Tally"
-    ) -> Iterator[pa.Table]:
+    def _vote_tables(self, directory: RunDirectory, member: Member, n_probes: int) -> Iterator[pa.Table]:
+        for first, stop in blocks(len(self.points), ROWS):
+            votes = self._votes(directory, member, n_probes, first, stop)
+            columns = vote_columns([Votes(**{field: probe[field] for field in VOTE_FIELDS}) for probe in votes.T])
+            yield pa.table({"point_id": np.arange(first, stop), **columns})
+
+    def _depth_tables(self, directory: RunDirectory, member: Member, tally: "_Tally") -> Iterator[pa.Table]:
         in_training = np.zeros(len(self.points), bool)
         in_training[self._training_ids(member)] = True
+        outputs = self._outputs(directory, member)
         for first, stop in blocks(len(self.points), ROWS):
-            winners = np.stack([probe[first:stop][:, 0] for probe in votes], axis=1)
+            winners = self._votes(directory, member, tally.n_probes, first, stop)["winner"]
             said, labels, inside = outputs[first:stop], self.points.labels[first:stop], in_training[first:stop]
             depths = depth_from_votes(winners, said["prediction"])
-            tally.add(inside, said["prediction"] == labels, winners == labels[:, None])
+            tally.add(inside, said["prediction"] == labels, winners == labels[:, None], winners >= 0)
             yield pa.table(
                 {
                     "point_id": np.arange(first, stop),
@@ -221,9 +297,23 @@ class Bench:
                     "in_training": inside,
                     **{field: said[field] for field in OUTPUT_FIELDS},
                     "depth": depths,
-                    "unsettled": is_unsettled(depths, len(votes)),
+                    "unsettled": is_unsettled(depths, tally.n_probes),
                 }
             )
+
+    def _votes(self, directory: RunDirectory, member: Member, n_probes: int, first: int, stop: int) -> Array:
+        """VOTES [stop - first, P] of a range of points; the winner of a vote that was not computed is -1."""
+        votes = np.zeros((stop - first, n_probes), VOTES)
+        votes["winner"] = -1
+        for block, (start, end) in enumerate(self.query_blocks):
+            for probe in range(n_probes) if start < stop and first < end else ():
+                part = _load(directory.votes_part(member.name, probe, block))
+                part = part[(part["point_id"] >= first) & (part["point_id"] < stop)]
+                votes[part["point_id"] - first, probe] = part
+        return votes
+
+    def _outputs(self, directory: RunDirectory, member: Member) -> ShardedRows:
+        return ShardedRows([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
 
     def _training_ids(self, member: Member) -> Array:
         return training_ids(member.config.split, self.points.parts, member.seed)
@@ -233,11 +323,11 @@ class Bench:
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
 
-    def _bank(self, member: str, probe: int, rows: ShardedRows) -> Bank:
+    def _bank(self, owner: str, probe: int, rows: ShardedRows) -> Bank:
         """The bank of a probe, made ready once for all blocks that come one after another."""
-        if self._ready is None or self._ready[0] != (member, probe):
+        if self._ready is None or self._ready[0] != (owner, probe):
             self._ready = None  # two banks are never in memory together
-            self._ready = ((member, probe), Bank(rows, self.device))
+            self._ready = ((owner, probe), Bank(rows, self.device))
         return self._ready[1]
 
     def _network(self, directory: RunDirectory, member: Member) -> tuple[torch.nn.Module, list[Probe]]:
@@ -267,32 +357,44 @@ class _Tally:
     """Right answers of the network and of each probe, in training and held out."""
 
     def __init__(self, n_probes: int) -> None:
+        self.n_probes = n_probes
         self.points = np.zeros(2, np.int64)
         self.network = np.zeros(2, np.int64)
         self.probes = np.zeros((2, n_probes), np.int64)
+        self.computed = np.zeros((2, n_probes), np.int64)
 
-    def add(self, inside: Array, network: Array, probes: Array) -> None:
+    def add(self, inside: Array, network: Array, probes: Array, computed: Array) -> None:
         for side, where in enumerate((inside, ~inside)):
             self.points[side] += np.count_nonzero(where)
             self.network[side] += np.count_nonzero(network[where])
             self.probes[side] += probes[where].sum(axis=0)
+            self.computed[side] += computed[where].sum(axis=0)
 
     def accuracies(self) -> dict[str, Any]:
-        def share(right: Array, side: int) -> Any:
-            return (right[side] / self.points[side]).tolist() if self.points[side] else None
+        """Shares of right answers; None where there are no points, or not all of their votes were computed."""
+
+        def share(side: int, right: int, of: int) -> float | None:
+            return float(right / of) if 0 < of == self.points[side] else None
+
+        def by_probe(side: int) -> list[float | None]:
+            return [share(side, *counts) for counts in zip(self.probes[side], self.computed[side], strict=True)]
 
         return {
             "n_held_out": int(self.points[1]),
-            "train_accuracy": share(self.network, 0),
-            "held_out_accuracy": share(self.network, 1),
-            "probe_train_accuracy": share(self.probes, 0),
-            "probe_held_out_accuracy": share(self.probes, 1),
+            "train_accuracy": share(0, self.network[0], self.points[0]),
+            "held_out_accuracy": share(1, self.network[1], self.points[1]),
+            "probe_train_accuracy": by_probe(0),
+            "probe_held_out_accuracy": by_probe(1),
         }
 
 
-def _votes_table(votes: list[ShardedRows], first: int, stop: int) -> pa.Table:
-    columns = vote_columns([Votes(*probe[first:stop].T) for probe in votes])
-    return pa.table({"point_id": np.arange(first, stop), **columns})
+def places(ids: Array, wanted: Array) -> Array:
+    """Where each wanted id lies in ascending ids, -1 where it does not; int64, as long as `wanted`."""
+    return np.where(np.isin(wanted, ids), np.searchsorted(ids, wanted), -1)
+
+
+def _load(path: Path) -> Array:
+    return np.asarray(np.load(path, allow_pickle=False))
 
 
 def _save(path: Path, array: Array) -> None:

@@ -14,7 +14,8 @@ def depth_from_votes(winners: Any, predictions: Any) -> Array:
 
     winners: int [Q, P], the vote at each of P probes from the input to the softmax; predictions: int [Q], the
     network's own final class. Returns int16 [Q]: 1 + the last probe whose vote differs from the prediction, 0 where
-    none does; so 0 … P. Depth P means that the softmax probe itself disagrees: `is_unsettled`.
+    none does; so 0 … P. Depth P means that the softmax probe itself disagrees: `is_unsettled`. Votes before the last
+    that differs change nothing, so they need not be known: -1 may stand for them.
 
     Raises LeadlineError for sizes that do not agree.
     """

@@ -77,8 +77,8 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
 def _probe_table(run: Run, architecture: str) -> Table:
     n_members = len(run.sql(f"SELECT member FROM members WHERE architecture = {_text(architecture)}"))
     rows = run.sql(f"""
-        SELECT probe, name, any_value(width) AS width, avg(train_accuracy) AS training,
-            avg(held_out_accuracy) AS "held out"
+        SELECT probe, name, any_value(width) AS width, {_mean_of_all("train_accuracy")} AS training,
+            {_mean_of_all("held_out_accuracy")} AS "held out"
         FROM probes WHERE architecture = {_text(architecture)} GROUP BY probe, name ORDER BY probe
     """)
     network = run.sql(f"""
@@ -88,6 +88,11 @@ def _probe_table(run: Run, architecture: str) -> Table:
     drawn.add_section()
     drawn.add_row("", "the network itself", "", *(_shown(value) for value in network.values()))
     return drawn
+
+
+def _mean_of_all(column: str) -> str:
+    """SQL: the mean over members; null where one of them has no value, since a mean of the others says nothing."""
+    return f"CASE WHEN count({column}) = count(*) THEN avg({column}) END"
 
 
 def _depth_table(run: Run, architecture: str, settled_only: bool) -> Table:

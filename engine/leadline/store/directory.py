@@ -5,7 +5,8 @@ points.parquet members.parquet probes.parquet ensemble.parquet
 depths/member=M/part-0.parquet votes/member=M/part-0.parquet
 weights/M.safetensors          of every member, trained here or given
 units/train/M.json             records of finished units; a unit without its record is done again
-units/vote/M/PPP-BBBBB.npy     votes of one probe and query block, until the member is reduced
+units/vote/M/PPP-BBBBB.npy     computed votes of one probe and query block, until the member is reduced
+units/share/BBBBB.npy          neighbours at the input that all members share, until all are reduced
 units/reduce/M.json
 scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
 """
@@ -58,6 +59,14 @@ class RunDirectory:
         """Record of a finished unit of voting: written after its votes."""
         return self.votes_part(member, probe, block).with_suffix(".json")
 
+    def shared(self, block: int) -> Path:
+        """Common neighbours of a query block at the input."""
+        return self.root / "units" / "share" / f"{block:05d}.npy"
+
+    def shared_cost(self, block: int) -> Path:
+        """Record of a finished unit of sharing: written after its neighbours."""
+        return self.shared(block).with_suffix(".json")
+
     def embedding(self, member: str, probe: int, shard: int) -> Path:
         """One shard of one probe; the input is the same for every member and kept once."""
         owner = "input" if probe == 0 else member
@@ -70,6 +79,10 @@ class RunDirectory:
     def free_votes(self, member: str) -> None:
         """Remove the units of voting of a member that is reduced."""
         shutil.rmtree(self.root / "units" / "vote" / member, ignore_errors=True)
+
+    def free_shared(self) -> None:
+        """Remove what members share, once all of them are reduced."""
+        shutil.rmtree(self.root / "units" / "share", ignore_errors=True)
 
     def free_scratch(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -48,8 +48,9 @@ PROBES = pa.schema(
         ("reduction", pa.string()),
         ("method", pa.string()),
         ("k", pa.int32()),
-        ("train_accuracy", pa.float64()),
-        ("held_out_accuracy", pa.float64()),
+        ("train_accuracy", pa.float64()),  # of the votes; null where not all of them were computed
+        ("held_out_accuracy", pa.float64()),  # also null where nothing is held out
+        # What the search did. Where the members share the input's neighbours, that search is the run's first member's.
         ("pairs", pa.int64()),
         ("certified", pa.int64()),
         ("reranked", pa.int64()),
@@ -95,16 +96,19 @@ ENSEMBLE = pa.schema(
 
 
 def votes_schema(n_probes: int) -> pa.Schema:
-    """One row a point; the votes of a member's P probes side by side."""
+    """One row a point; the votes of a member's P probes side by side, null at the probes that were not computed."""
     lists = pa.list_(pa.int32(), n_probes)
     return pa.schema([("point_id", pa.int64()), *((field, lists) for field in VOTE_FIELDS)])
 
 
 def vote_columns(votes: Sequence[Votes]) -> dict[str, pa.Array]:
-    """Votes of each of P probes as fixed-size lists over probes: one array [Q] of P int32 for each field."""
+    """Votes of each of P probes as fixed-size lists over probes: one array [Q] of P int32 for each field.
+
+    A winner of -1 says that the vote was not computed: it is null in every field.
+    """
+    columns = {field: np.stack([getattr(vote, field) for vote in votes], axis=1).ravel() for field in VOTE_FIELDS}
+    missing = columns["winner"] < 0
     return {
-        field: pa.FixedSizeListArray.from_arrays(
-            pa.array(np.stack([getattr(vote, field) for vote in votes], axis=1).ravel(), pa.int32()), len(votes)
-        )
-        for field in VOTE_FIELDS
+        field: pa.FixedSizeListArray.from_arrays(pa.array(values, pa.int32(), mask=missing), len(votes))
+        for field, values in columns.items()
     }

@@ -68,7 +68,7 @@ def _table_faults(directory: RunDirectory, manifest: dict[str, Any]) -> Iterator
     for member in members:
         own = [probe for probe in probes if probe["member"] == member["member"]]
         total = sums.setdefault(member["architecture"], _Sums(n_points))
-        yield from _member_faults(directory, member, own, labels, manifest["configuration"]["k"], total)
+        yield from _member_faults(directory, member, own, labels, manifest["configuration"], total)
     ensemble = read_table(directory.table("ensemble"))
     for architecture, total in sums.items():
         part = ensemble.filter(pa.compute.equal(ensemble["architecture"], architecture))
@@ -95,8 +95,9 @@ def _id_faults(path: Path, table: pa.Table, n_points: int) -> Iterator[str]:
 
 
 def _member_faults(
-    directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]], labels: Array, k: int, total: "_Sums"
-) -> Iterator[str]:
+    directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]], labels: Array,
+    config: dict[str, Any], total: "_Sums",
+) -> Iterator[str]:  # fmt: skip
     path, votes_path = (directory.member_table(name, member["member"]) for name in ("depths", "votes"))
     depths, votes = read_table(path), read_table(votes_path)
     faults = [*_id_faults(path, depths, len(labels)), *_id_faults(votes_path, votes, len(labels))]
@@ -105,10 +106,14 @@ def _member_faults(
         return
     n_probes = member["n_probes"]
     columns = {field: _matrix(votes[field], n_probes) for field in VOTE_FIELDS}
-    yield from _vote_faults(votes_path, columns, k)
+    computed = {field: _computed(votes[field], n_probes) for field in VOTE_FIELDS}
+    yield from _vote_faults(votes_path, columns, computed["winner"], config["k"])
     prediction, depth = depths["prediction"].to_numpy(), depths["depth"].to_numpy()
     inside = depths["in_training"].to_numpy()
     expected = depth_from_votes(columns["winner"], prediction)
+    # All votes, or those from the last probe down to the one that tells the depth.
+    first_probe = expected - 1 if config["votes"] == "until-decided" else np.zeros_like(expected)
+    yield from _null_faults(votes_path, computed, np.arange(n_probes) >= first_probe[:, None])
     if (depth != expected).any():
         first = int((depth != expected).argmax())
         yield f"{path}: depth of point {first} is {depth[first]}, its votes make it {expected[first]}"
@@ -121,10 +126,11 @@ def _member_faults(
         return
     if np.count_nonzero(inside) != member["n_train"]:
         yield f"{path}: {np.count_nonzero(inside)} points in training, members.parquet says {member['n_train']}"
-    told = [(member, prediction == labels), *zip(probes, (columns["winner"] == labels[:, None]).T, strict=True)]
-    for row, right in told:
+    rights, known = (columns["winner"] == labels[:, None]).T, computed["winner"].T
+    told = [(member, prediction == labels, np.ones(len(labels), bool)), *zip(probes, rights, known, strict=True)]
+    for row, right, there in told:
         for column, where in (("train_accuracy", inside), ("held_out_accuracy", ~inside)):
-            share = right[where].mean() if where.any() else None
+            share = right[where].mean() if where.any() and there[where].all() else None
             if row[column] != share:
                 place = f"probe {row['probe']} of {row['member']}" if "probe" in row else row["member"]
                 yield f"{path}: {column} of {place} is {share} by this table, the run says {row[column]}"
@@ -132,20 +138,35 @@ def _member_faults(
 
 
 def _matrix(lists: pa.ChunkedArray, n_probes: int) -> Array:
-    return np.asarray(lists.combine_chunks().values.to_numpy()).reshape(-1, n_probes)
+    """The elements of fixed-size lists, [Q, P]; -1 for those that are null."""
+    return np.asarray(lists.combine_chunks().values.fill_null(-1).to_numpy()).reshape(-1, n_probes)
 
 
-def _vote_faults(path: Path, votes: dict[str, Array], k: int) -> Iterator[str]:
+def _computed(lists: pa.ChunkedArray, n_probes: int) -> Array:
+    """Which elements of fixed-size lists are not null, bool [Q, P]."""
+    valid = lists.combine_chunks().values.is_valid()
+    return np.asarray(valid.to_numpy(zero_copy_only=False)).reshape(-1, n_probes)
+
+
+def _vote_faults(path: Path, votes: dict[str, Array], computed: Array, k: int) -> Iterator[str]:
     most, second = votes["winner_votes"], votes["runner_up_votes"]
-    impossible = (
+    wrong = (
         (most < 1)
         | (second < 0)
         | (second > most)
         | (most + second > k)
         | ((votes["runner_up"] == -1) != (second == 0))
-    ).any(axis=1)
+    )
+    impossible = (wrong & computed).any(axis=1)
     if impossible.any():
         yield f"{path}: the votes of point {int(impossible.argmax())} cannot be counts of {k} neighbours"
+
+
+def _null_faults(path: Path, computed: dict[str, Array], expected: Array) -> Iterator[str]:
+    for field, there in computed.items():
+        wrong = (there != expected).any(axis=1)
+        if wrong.any():
+            yield f"{path}: column {field} of point {int(wrong.argmax())} has nulls at other probes than it should"
 
 
 class _Sums:

@@ -1,0 +1,112 @@
+"""Units of a run, done in this process: which points a probe is asked for, and what members share."""
+
+import shutil
+
+import numpy as np
+import pytest
+from tiny import TINY
+
+from leadline.cluster.units import Bench, list_members
+from leadline.config import load_config
+from leadline.knn import Bank
+from leadline.points import open_points
+from leadline.store import RunDirectory
+
+
+def trained(config, root):
+    """A bench and a directory in which all members are trained and embedded: (bench, directory, members)."""
+    config = load_config(config)
+    bench, directory, members = Bench(config, {}), RunDirectory(root), list_members(config)
+    for member in members:
+        bench.train(directory, member)
+    for shard in range(len(bench.shards)):
+        bench.embed(directory, members, shard)
+    return bench, directory, members
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The number of queries of every search that is made, and of every bank that is made ready."""
+    made = {"queries": [], "banks": 0}
+    search, begin = Bank.search, Bank.__init__
+
+    def counted_search(self, queries, *arguments):
+        made["queries"].append(len(queries))
+        return search(self, queries, *arguments)
+
+    def counted_begin(self, *arguments):
+        made["banks"] += 1
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Bank, "search", counted_search)
+    monkeypatch.setattr(Bank, "__init__", counted_begin)
+    return made
+
+
+def test_a_probe_is_asked_for_the_points_that_no_later_one_decided(tmp_path, searches):
+    config = {**TINY, "votes": "until-decided", "members": [{**TINY["members"][0], "count": 1}]}
+    bench, directory, (member,) = trained(config, tmp_path)
+    said = np.concatenate([np.load(directory.outputs(member.name, shard)) for shard in range(len(bench.shards))])
+    for block, (first, stop) in enumerate(bench.query_blocks):
+        open_points = np.arange(first, stop)
+        for probe in (3, 2, 1, 0):
+            searches["queries"].clear()
+            assert bench.vote(directory, member, probe, block) == len(open_points)
+            assert searches["queries"] == [len(open_points)]
+            part = np.load(directory.votes_part(member.name, probe, block))
+            assert part["point_id"].tolist() == open_points.tolist()
+            open_points = open_points[part["winner"] == said["prediction"][open_points]]
+        assert 0 < len(open_points) < stop - first
+
+
+def test_a_block_without_open_points_is_not_searched(tmp_path, searches):
+    config = {**TINY, "votes": "until-decided", "members": [{**TINY["members"][0], "count": 1}]}
+    bench, directory, (member,) = trained(config, tmp_path)
+    bench.vote(directory, member, 3, 0)
+    part = np.load(directory.votes_part(member.name, 3, 0))
+    part["winner"] = -2  # the last probe disagrees about every point
+    np.save(directory.votes_part(member.name, 3, 0), part)
+    searches.update(queries=[], banks=0)
+    for probe in (2, 1, 0):
+        assert bench.vote(directory, member, probe, 0) == 0
+    assert searches == {"queries": [], "banks": 0}
+
+
+def with_splits(tmp_path, votes, *splits):
+    """TINY with a member for each of these arrays of training ids."""
+    for seed, ids in enumerate(splits):
+        np.save(tmp_path / f"split-{seed}.npy", ids)
+    split = {"kind": "file", "path": str(tmp_path / "split-{seed}.npy")}
+    return {**TINY, "votes": votes, "members": [{**TINY["members"][0], "count": len(splits), "split": split}]}
+
+
+@pytest.mark.parametrize("votes", ["all", "until-decided"])
+def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_bank(tmp_path, searches, votes):
+    labels = open_points(load_config(TINY).points).labels
+    splits = [np.arange(1797), np.flatnonzero(labels < 6), np.flatnonzero(np.arange(1797) % 10)]
+    config = with_splits(tmp_path, votes, *splits)
+    bench, directory, members = trained(config, tmp_path / "run")
+    assert bench.common.pays
+    for block, (first, stop) in enumerate(bench.query_blocks):
+        later = (3, 2, 1) if votes == "until-decided" else ()
+        for member in members:
+            for probe in later:
+                bench.vote(directory, member, probe, block)
+        searches["queries"].clear()
+        # Shared by the first two, as if the third were in another group.
+        assert bench.share(directory, members[:2], block) == searches["queries"].pop() <= stop - first
+        asked = [bench.vote(directory, member, 0, block) for member in members]
+        # Many neighbours of a 6 are not below 6, hardly any of them end in 0.
+        searched = searches["queries"]
+        assert 0 < max(searched) == searched[0] < asked[1]
+        assert sum(searched[1:]) < asked[2] / 20
+        assert (len(searched) == 1) or votes == "until-decided"
+        for member in members:
+            alone = load_config({**config, "members": [{**config["members"][0], "seed": member.seed, "count": 1}]})
+            own, other = Bench(alone, {}), RunDirectory(tmp_path / "alone", directory.scratch)
+            assert not own.common.pays
+            for stage in ("train", *(["vote"] if later else [])):
+                shutil.copytree(directory.root / "units" / stage, other.root / "units" / stage, dirs_exist_ok=True)
+            own.vote(other, member, 0, block)
+            place = (member.name, 0, block)
+            assert other.votes_part(*place).read_bytes() == directory.votes_part(*place).read_bytes()
