@@ -1,15 +1,20 @@
 """Run a command and record what it printed, with the command, the versions and the hardware.
 
 python benchmarks/record.py NAME -- COMMAND …     writes benchmarks/results/NAME.txt
+
+Benchmarks that measure in their own process record figures instead: see `stamp` and `write_result`.
 """
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from leadline.cluster.driver import processor
 
@@ -17,17 +22,47 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("leadline", "torch", "numpy", "numba", "pyarrow", "ray")
 
 
+def stamp(packages: Iterable[str], threads: int) -> dict[str, Any]:
+    """What figures depend on beside their input: the command, the commit, versions, hardware, threads."""
+    # A folder of this machine says nothing to a reader: of a path only the name is kept.
+    given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return {
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *given]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "hardware": f"{hardware()}, {threads} threads",
+        "threads": threads,
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, marked where files differ from it."""
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return answer.stdout.strip()
+
+
+def hardware() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used"
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     name, dashes, *command = sys.argv[1:] or ["", ""]
     if dashes != "--" or not command:
         sys.exit(__doc__)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [
         f"$ {' '.join(command)}",
-        f"# commit {commit}; Python {platform.python_version()}, {versions}",
-        f"# {processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used",
+        f"# commit {commit()}; Python {platform.python_version()}, {versions}",
+        f"# {hardware()}",
         "",
     ]
     started = time.perf_counter()
