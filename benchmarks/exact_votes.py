@@ -35,7 +35,7 @@ from searches import Task, by_faiss, by_leadline, by_scikit_learn, by_torch, tim
 from threadpoolctl import threadpool_limits
 
 import leadline
-from leadline.knn import Cost, cells
+from leadline.knn import Cost, screen
 from leadline.knn.arrays import Array
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "faiss-cpu", "scikit-learn")
@@ -230,7 +230,7 @@ def gaussian(
     """Gaussian noise: no clusters and no directions that matter, so nothing can be left out beforehand."""
     limits = machine_limits(threads)
     if float32:
-        cells.low_precision = lambda: torch.float32
+        screen.low_precision = lambda: torch.float32
     rows = []
     for width in widths:
         random = np.random.default_rng(0)

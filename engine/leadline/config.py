@@ -188,6 +188,9 @@ class Engine(Section):
     shard_size: int = Field(default=8192, ge=1, description="points of one embedding unit, rounded up to whole batches")
     group_size: int = Field(default=4, ge=1, description="members that are embedded and kept on disk together")
     query_block: int = Field(default=8192, ge=1, description="queries of one voting unit")
+    memory_budget: int = Field(
+        default=4 << 30, ge=1, description="bytes that an actor's search may take; larger banks are read tile by tile"
+    )
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"
     )
@@ -216,9 +219,10 @@ class RunConfig(Section):
         return self
 
     def record(self) -> dict[str, Any]:
-        """All that the results depend on, as plain JSON values: everything but the number of workers and scratch."""
+        """All that the results depend on, as plain JSON values: everything but workers, memory and scratch."""
         record = self.model_dump(mode="json")
-        del record["engine"]["workers"], record["engine"]["scratch"]
+        for key in ("workers", "memory_budget", "scratch"):
+            del record["engine"][key]
         return record
 
     def fingerprint(self) -> str:

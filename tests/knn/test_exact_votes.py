@@ -345,6 +345,25 @@ def test_projections_lengthen_nothing():
         np.testing.assert_allclose(np.linalg.norm(seen, axis=1), np.linalg.norm(inside, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("far", [1, 30, 1e6])
+def test_projected_queries_are_no_farther_than_their_slip_allows(far):
+    random = np.random.default_rng(14)
+    bank = random.standard_normal((300, 2000)).astype(np.float32)
+    queries = (bank[:20] * far).astype(np.float32)
+    ready = Bank(bank)
+    matrix = torch.linalg.qr(torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))).Q
+    axes = screen._contraction(matrix)
+    points = screen._project(bank, ready._centre, ready._scale, axes)
+    projected = screen.Screen(ready._centre, ready._scale, axes, screen._cut(points, np.zeros(128), 1.0, 1), "")
+    ask = projected.ask(queries, np.full(20, -1), 30, 0.0, exact=False)
+    for i in range(20):
+        true = np.sqrt(np.square((queries[i].astype(np.longdouble) - bank) * ready._scale).sum(axis=1))
+        seen = np.sqrt(np.square(ask.points[i].astype(np.longdouble) - points).sum(axis=1))
+        assert (seen <= ask.grow * true + ask.slips[i]).all()
+        # What float32 gets wrong is in proportion to the query's length, so the slip must be.
+        assert ask.slips[i] > 1e-7 * np.linalg.norm(ask.points[i])
+
+
 @pytest.mark.parametrize("width", [3, 100, 5000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_measured_distances_err_by_no_more_than_they_say(width, dtype):

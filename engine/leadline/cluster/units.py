@@ -6,7 +6,7 @@ A bench does units of one run in one process. It knows nothing of Ray: `pool` pu
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import ShardedRows, embed_batch
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, Cost, Votes, count_votes
+from leadline.knn import NOTHING, Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array
-from leadline.knn.exact import by_distance
+from leadline.knn.rank import by_distance
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import path_of_seed, training_ids
@@ -34,6 +34,7 @@ from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_colu
 from leadline.store.tables import ROWS, write_table
 
 VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
+Spent = dict[str, Any]  # the fields of a Cost, and the bank's plan
 OUTPUTS = np.dtype([("prediction", np.int32), *((field, np.float32) for field in OUTPUT_FIELDS[1:])])
 
 
@@ -167,7 +168,7 @@ class Bench:
         shared["point_id"], shared["neighbours"] = asked, self.common.ids[ordered]
         with replacing(directory.shared(block)) as beside:
             _save(beside, shared)
-        write_json(directory.shared_cost(block), {**asdict(cost), "seconds": time.perf_counter() - started})
+        write_json(directory.shared_cost(block), {**cost, "seconds": time.perf_counter() - started})
         return len(asked)
 
     def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
@@ -190,7 +191,7 @@ class Bench:
         with replacing(directory.votes_part(member.name, probe, block)) as beside:
             _save(beside, part)
         seconds = time.perf_counter() - started
-        write_json(directory.votes_cost(member.name, probe, block), {**asdict(cost), "seconds": seconds})
+        write_json(directory.votes_cost(member.name, probe, block), {**cost, "seconds": seconds})
         return len(asked)
 
     def _open_points(self, directory: RunDirectory, member: Member, probe: int, block: int) -> Array:
@@ -203,13 +204,13 @@ class Bench:
         said = self._outputs(directory, member)[later["point_id"]]["prediction"]
         return np.asarray(later["point_id"][later["winner"] == said])
 
-    def _among_own(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> tuple[Array, Cost]:
+    def _among_own(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> tuple[Array, Spent]:
         """Ids of the k nearest points of a member's own bank, [Q, k], and what they cost."""
         bank_ids = self._training_ids(member)
         rows, cost = self._search(directory, member.name, probe, bank_ids, asked, self.config.k)
         return bank_ids[rows], cost
 
-    def _among_shared(self, directory: RunDirectory, member: Member, block: int, asked: Array) -> tuple[Array, Cost]:
+    def _among_shared(self, directory: RunDirectory, member: Member, block: int, asked: Array) -> tuple[Array, Spent]:
         """The same at the input, from what the members share; searched for where that says too little."""
         shared = _load(directory.shared(block))
         place = places(shared["point_id"], asked)
@@ -224,16 +225,19 @@ class Bench:
 
     def _search(
         self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array, k: int
-    ) -> tuple[Array, Cost]:
-        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what they cost.
+    ) -> tuple[Array, Spent]:
+        """The k nearest rows of a bank, [Q, k] ascending, to the points that are asked for, and what they cost and how.
 
         owner: a member, whose embeddings and bank they are, or "input" for the common bank.
         """
         if not len(asked):
-            return np.empty((0, k), np.int64), Cost(0, 0, 0, 0)  # and the bank need not be made ready
+            # The bank need not be made ready.
+            return np.empty((0, k), np.int64), {**asdict(NOTHING), "plan": None}
         paths = [directory.embedding(owner, probe, shard) for shard in range(len(self.shards))]
         own = places(bank_ids, asked) if self.config.leave_one_out else None
-        return self._bank(owner, probe, ShardedRows(paths, bank_ids)).search(ShardedRows(paths)[asked], k, own)
+        bank = self._bank(owner, probe, ShardedRows(paths, bank_ids))
+        rows, cost = bank.search(ShardedRows(paths)[asked], k, own)
+        return rows, {**asdict(cost), "plan": bank.plan}
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
         """Join a member's votes to its tables of votes and depths. Returns the number of its points."""
@@ -265,8 +269,8 @@ class Bench:
                 **tally.accuracies(),
                 "cost": [
                     {
-                        key: sum(cost[key] for cost in probe)
-                        for key in ("pairs", "certified", "reranked", "fell_through")
+                        **{field.name: sum(cost[field.name] for cost in probe) for field in fields(Cost)},
+                        "plan": next((cost["plan"] for cost in probe if cost["plan"]), None),
                     }
                     for probe in costs
                 ],
@@ -327,7 +331,7 @@ class Bench:
         """The bank of a probe, made ready once for all blocks that come one after another."""
         if self._ready is None or self._ready[0] != (owner, probe):
             self._ready = None  # two banks are never in memory together
-            self._ready = ((owner, probe), Bank(rows, self.device))
+            self._ready = ((owner, probe), Bank(rows, self.device, self.config.engine.memory_budget))
         return self._ready[1]
 
     def _network(self, directory: RunDirectory, member: Member) -> tuple[torch.nn.Module, list[Probe]]:

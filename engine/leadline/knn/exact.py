@@ -21,7 +21,7 @@ SPARE = 32  # candidates kept beyond k
 LARGEST = 1e150  # beyond it the square of a difference is no float64
 SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
-SHARE = 8  # of the memory that one tile of rows may take: its screen, the queries and the work beside it need the rest
+SHARE = 4  # one part for a tile's rows, the others for what is made of them, the queries, and the work
 DEVICES = ("cpu", "cuda")
 
 
@@ -30,14 +30,16 @@ class Cost:
     """What a search did.
 
     pairs: of a query and a row that were screened; measured: of them, in full width; flops: floating-point operations
-    of both and of the centres' distances and projections (all pairs in full would be 2 Q M D); visits: of a query to a
-    cell, of `cells` possible ones; certified: queries whose neighbours the measured distances alone settled; reranked:
-    queries with open rows, which float64 settled; fell_through: queries searched again with all distances in float64.
+    of both and of the centres' distances and projections; full_flops: of the products of all pairs, 2 Q M D; visits: of
+    a query to a cell, of `cells` possible ones; certified: queries whose neighbours the measured distances settled
+    alone; reranked: queries with open rows, which float64 settled; fell_through: queries searched again with all
+    distances in float64.
     """
 
     pairs: int
     measured: int
     flops: int
+    full_flops: int
     visits: int
     cells: int
     certified: int
@@ -106,9 +108,9 @@ class Bank:
                     chosen[part], counts = plain.search(
                         self._rows, self._centre, self._longest, asked, k, own[part], self._device
                     )
-                    flops = 2 * len(asked) * n_bank * asked.shape[1]
-                    spent = Cost(len(asked) * n_bank, 0, flops, len(asked), len(asked), *counts)
+                    spent = Cost(len(asked) * n_bank, 0, 2 * asked.size * n_bank, 0, 0, 0, *counts)
                 cost += spent
+        cost += Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
         return np.sort(chosen, axis=1), cost
 
     def _search(self, queries: Array, k: int, exclude: Array, winners_of: Array | None) -> tuple[Array, Cost]:
@@ -116,7 +118,7 @@ class Bank:
         n_queries, width = queries.shape
         if width < NARROW or not 1 / SCALES < self._scale < SCALES:
             _, chosen, cost = self._nearest(queries, k, exclude, k, exact=True)
-            return chosen, cost + Cost(0, 0, 0, 0, 0, n_queries, 0, 0)
+            return chosen, cost + _settled(n_queries, 0, 0)
         size = k + SPARE
         distances, rows, cost = self._nearest(queries, k, exclude, size, exact=False)
         n_sure, n_open = np.zeros(n_queries, np.int64), np.zeros(n_queries, np.int64)
@@ -128,7 +130,7 @@ class Bank:
         if len(lost):
             _, rows[lost, :k], again = self._nearest(queries[lost], k, exclude[lost], k, exact=True)
             cost += again
-        return rows[:, :k], cost + Cost(0, 0, 0, 0, 0, n_queries - len(doubtful) - len(lost), len(doubtful), len(lost))
+        return rows[:, :k], cost + _settled(n_queries - len(doubtful) - len(lost), len(doubtful), len(lost))
 
     def _nearest(self, queries: Array, k: int, exclude: Array, size: int, exact: bool) -> tuple[Array, Array, Cost]:
         """The `size` nearest rows of each query: measured squared distances float64 [Q, size], ascending, and rows."""
@@ -174,7 +176,11 @@ class Bank:
             yield first, *self._prepare(first)
 
 
-NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _settled(certified: int, reranked: int, fell_through: int) -> Cost:
+    return Cost(0, 0, 0, 0, 0, 0, certified, reranked, fell_through)
 
 
 def _cost(screen: Screen, queries: Array, done: Array) -> Cost:
@@ -183,7 +189,7 @@ def _cost(screen: Screen, queries: Array, done: Array) -> Cost:
     pairs, in_all = steps * GROUP * PANEL, len(queries) * n_cells
     projected = 2 * seen * queries.shape[1] * len(queries) if screen.axes else 0
     flops = 2 * seen * (pairs + in_all) + 3 * queries.shape[1] * measured + projected
-    return Cost(pairs, measured, flops, visits, in_all, 0, 0, 0)
+    return Cost(pairs, measured, flops, 0, visits, in_all, 0, 0, 0)
 
 
 def refuse_non_finite(rows: Array, first: int, what: str) -> None:

@@ -68,7 +68,7 @@ class Screen:
             near=near,
             lengths=from_middle,
             grow=self.axes.grow if self.axes else 1.0,
-            slips=(self.axes.slip if self.axes else 0.0) * (1 + np.sqrt(lengths)),
+            slips=(self.axes.slip if self.axes else 0.0) * (1 + lengths),
             exact=exact,
             scale=self.scale,
             error=error,

@@ -1,11 +1,12 @@
 """The tables of a run. A column's name is a promise: add, do not rename."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
 
-from leadline.knn import Votes
+from leadline.knn import Cost, Votes
 
 VOTE_FIELDS = ("winner", "winner_votes", "runner_up", "runner_up_votes")  # of `leadline.Votes`
 OUTPUT_FIELDS = ("prediction", "confidence", "margin", "entropy")
@@ -51,10 +52,8 @@ PROBES = pa.schema(
         ("train_accuracy", pa.float64()),  # of the votes; null where not all of them were computed
         ("held_out_accuracy", pa.float64()),  # also null where nothing is held out
         # What the search did. Where the members share the input's neighbours, that search is the run's first member's.
-        ("pairs", pa.int64()),
-        ("certified", pa.int64()),
-        ("reranked", pa.int64()),
-        ("fell_through", pa.int64()),
+        *((field.name, pa.int64()) for field in fields(Cost)),
+        ("plan", pa.string()),  # how the bank was searched, as a sample of it decided; null where nothing was searched
     ]
 )
 
