@@ -17,10 +17,10 @@ import torch
 from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import ShardedRows, embed_batch
+from leadline.embedding import embed_batch
 from leadline.errors import LeadlineError
 from leadline.knn import NOTHING, Bank, Cost, Votes, count_votes
-from leadline.knn.arrays import Array
+from leadline.knn.arrays import Array, Shards
 from leadline.knn.rank import by_distance
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
@@ -163,7 +163,7 @@ class Bench:
         asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
         rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
         inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
-        ordered, _ = by_distance(ShardedRows(inputs, self.common.ids), ShardedRows(inputs)[asked], rows)
+        ordered, _ = by_distance(_mapped(inputs, self.common.ids), _mapped(inputs)[asked], rows)
         shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
         shared["point_id"], shared["neighbours"] = asked, self.common.ids[ordered]
         with replacing(directory.shared(block)) as beside:
@@ -235,8 +235,8 @@ class Bench:
             return np.empty((0, k), np.int64), {**asdict(NOTHING), "plan": None}
         paths = [directory.embedding(owner, probe, shard) for shard in range(len(self.shards))]
         own = places(bank_ids, asked) if self.config.leave_one_out else None
-        bank = self._bank(owner, probe, ShardedRows(paths, bank_ids))
-        rows, cost = bank.search(ShardedRows(paths)[asked], k, own)
+        bank = self._bank(owner, probe, _mapped(paths, bank_ids))
+        rows, cost = bank.search(_mapped(paths)[asked], k, own)
         return rows, {**asdict(cost), "plan": bank.plan}
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
@@ -316,8 +316,8 @@ class Bench:
                 votes[part["point_id"] - first, probe] = part
         return votes
 
-    def _outputs(self, directory: RunDirectory, member: Member) -> ShardedRows:
-        return ShardedRows([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
+    def _outputs(self, directory: RunDirectory, member: Member) -> Shards:
+        return _mapped([directory.outputs(member.name, shard) for shard in range(len(self.shards))])
 
     def _training_ids(self, member: Member) -> Array:
         return training_ids(member.config.split, self.points.parts, member.seed)
@@ -327,7 +327,7 @@ class Bench:
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
 
-    def _bank(self, owner: str, probe: int, rows: ShardedRows) -> Bank:
+    def _bank(self, owner: str, probe: int, rows: Shards) -> Bank:
         """The bank of a probe, made ready once for all blocks that come one after another."""
         if self._ready is None or self._ready[0] != (owner, probe):
             self._ready = None  # two banks are never in memory together
@@ -404,3 +404,8 @@ def _load(path: Path) -> Array:
 def _save(path: Path, array: Array) -> None:
     with path.open("wb") as opened:
         np.save(opened, array, allow_pickle=False)
+
+
+def _mapped(paths: Sequence[Path], ids: Array | None = None) -> Shards:
+    """Rows of several .npy files, which are mapped and not read."""
+    return Shards([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths], ids)

@@ -1,7 +1,6 @@
-"""Points to embeddings at each probe, in memory or as shards on disk."""
+"""Points to embeddings at each probe, a batch at a time."""
 
 from leadline.embedding.extract import Embedded, embed_batch
 from leadline.embedding.outputs import Outputs
-from leadline.embedding.shards import ShardedRows
 
-__all__ = ["Embedded", "Outputs", "ShardedRows", "embed_batch"]
+__all__ = ["Embedded", "Outputs", "embed_batch"]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from leadline.embedding.outputs import Outputs, summarise_logits
-from leadline.embedding.shards import Array
+from leadline.embedding.outputs import Array, Outputs, summarise_logits
 from leadline.errors import LeadlineError
 from leadline.members.probes import Probe, read_probes
 

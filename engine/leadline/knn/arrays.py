@@ -19,24 +19,31 @@ class Rows(Protocol):
 
 
 class Shards:
-    """Arrays [n_i, D], or memory maps of such, read as one [N, D]."""
+    """Arrays or memory maps [n_i, ...] of one kind, read as one [n, ...], in the order of `ids`.
 
-    def __init__(self, arrays: Sequence[Array]) -> None:
+    ids: int64 [n], ascending places in their concatenation, or None for all of them. Indices are slices of step 1, or
+    places in any order.
+    """
+
+    def __init__(self, arrays: Sequence[Array], ids: Array | None = None) -> None:
         self._arrays = arrays
         self._edges = np.cumsum([0, *(len(array) for array in arrays)])
-        self._dtype = np.result_type(*arrays)
-        self.shape = (int(self._edges[-1]), *arrays[0].shape[1:])
+        self._ids = np.arange(self._edges[-1]) if ids is None else ids
+        self._dtype = np.result_type(*(array.dtype for array in arrays))
+        self.shape: tuple[int, ...] = (len(self._ids), *arrays[0].shape[1:])
 
     def __getitem__(self, index: slice | Array, /) -> Array:
-        """The rows of a slice of step 1, or of places in any order."""
-        if isinstance(index, slice):
-            first, stop, _ = index.indices(self.shape[0])
-            index = np.arange(first, max(first, stop))
-        out = np.empty((len(index), *self.shape[1:]), self._dtype)
-        shard_of = np.searchsorted(self._edges, index, side="right") - 1
+        wanted = self._ids[index]
+        out = np.empty((len(wanted), *self.shape[1:]), self._dtype)
+        shard_of = np.searchsorted(self._edges, wanted, side="right") - 1
         for shard in np.unique(shard_of):
-            here = shard_of == shard
-            out[here] = copied(self._arrays[shard], index[here] - self._edges[shard])
+            here = np.flatnonzero(shard_of == shard)
+            places = wanted[here] - self._edges[shard]
+            if here[-1] - here[0] == len(here) - 1 and (np.diff(places) == 1).all():
+                # A run of rows is read in one piece.
+                out[here[0] : here[-1] + 1] = copied(self._arrays[shard], slice(places[0], places[-1] + 1))
+            else:
+                out[here] = copied(self._arrays[shard], places)
         return out
 
 
@@ -50,11 +57,11 @@ def copied(rows: Rows, index: slice | Array) -> Array:
 
     Pages of a file that is mapped for reading are handed back, or all of it would count as this process's memory.
     """
-    if is_in_memory(rows):
+    file = _file_of(rows) if isinstance(rows, np.ndarray) else None
+    if file is None:
         return np.ascontiguousarray(rows[index])
     out = np.array(rows[index])
-    file = _file_of(rows) if isinstance(rows, np.ndarray) else None
-    if file is not None and isinstance(rows, np.memmap) and rows.mode == "r":
+    if isinstance(rows, np.memmap) and rows.mode == "r":
         file.madvise(mmap.MADV_DONTNEED)
     return out
 
