@@ -18,7 +18,8 @@ from leadline.knn.screen import NARROW, Screen, error_of, prepare, scale_of
 from leadline.knn.threads import full_precision, spread
 
 SPARE = 32  # candidates kept beyond k
-LARGEST = 1e150  # beyond it the square of a difference is no float64
+LARGEST = 1e145  # beyond it the sum of the squares of many differences is no float64
+SURVEYED = 4096  # rows whose mean is the centre
 SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
 SHARE = 4  # one part for a tile's rows, the others for what is made of them, the queries, and the work
@@ -156,15 +157,18 @@ class Bank:
         return error_of(queries.shape[1], in_float64, exact)
 
     def _survey(self) -> tuple[Array, float]:
-        """The mean of the first tile, float64 [D], and the largest squared distance from it of all rows."""
+        """About the mean, float64 [D], and the largest squared distance from it of all rows."""
         centre, longest = np.zeros(self._rows.shape[1]), 0.0
         for first in range(0, self._rows.shape[0], self._step):
             tile = copied(self._rows, slice(first, first + self._step))
-            refuse_non_finite(tile, first, "bank row")
             if first == 0:
-                centre = tile.mean(axis=0, dtype=np.float64)
-            longest = max(longest, kernels.largest_square(tile, centre))
-        return centre, longest
+                centre = tile[:: len(tile) // SURVEYED + 1].mean(axis=0, dtype=np.float64)
+            squares = _square_lengths(tile, centre)
+            # A value that is not finite makes its row's length so, or all lengths by way of the centre.
+            if not np.isfinite(squares).all():
+                refuse_non_finite(tile, first, "bank row")
+            longest = max(longest, squares.max())
+        return centre, float(longest)
 
     def _prepare(self, first: int) -> tuple[Array, Screen]:
         tile = copied(self._rows, slice(first, first + self._step))
@@ -190,6 +194,12 @@ def _cost(screen: Screen, queries: Array, done: Array) -> Cost:
     projected = 2 * seen * queries.shape[1] * len(queries) if screen.axes else 0
     flops = 2 * seen * (pairs + in_all) + 3 * queries.shape[1] * measured + projected
     return Cost(pairs, measured, flops, 0, visits, in_all, 0, 0, 0)
+
+
+def _square_lengths(rows: Array, centre: Array) -> Array:
+    squares = np.empty(len(rows))
+    spread(lambda s: kernels.square_lengths(rows[s], centre, 1.0, squares[s]), len(rows))
+    return squares
 
 
 def refuse_non_finite(rows: Array, first: int, what: str) -> None:

@@ -93,17 +93,19 @@ def place(rows: Array, centre: Array, scale: float, placed: Array) -> None:
             placed[i, j] = np.float32(_scaled(rows[i, j], centre[j], scale))
 
 
-@_any_order
-def largest_square(rows: Array, centre: Array) -> float:
-    """The largest squared distance of a row from the centre, in float64."""
-    largest = 0.0
+# Sums of finite and other numbers may be taken in any order, but what is not a number must stay so.
+_any_order_of_all = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+
+
+@_any_order_of_all
+def square_lengths(rows: Array, centre: Array, scale: float, squares: Array) -> None:
+    """squares[i] = the squared length of scale * (rows[i] - centre), in float64; NaN or infinity where a value is."""
     for i in range(rows.shape[0]):
-        norm = 0.0
+        square = 0.0
         for j in range(rows.shape[1]):
-            difference = _scaled(rows[i, j], centre[j], 1.0)
-            norm += difference * difference
-        largest = max(largest, norm)
-    return largest
+            value = _scaled(rows[i, j], centre[j], scale)
+            square += value * value
+        squares[i] = square
 
 
 @_any_order
@@ -138,29 +140,33 @@ def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Arr
 
 @compiled
 def fill(
-    points: Array, centres: Array, scale: float, order: Array, first: Array, values: Array, bias: Array, inner: Array,
-    outer: Array, residuals: Array, lengths: Array,
+    points: Array, centres: Array, scale: float, order: Array, cell: Array, first: int, stop: int, values: Array,
+    bias: Array, inner: Array, outer: Array, residuals: Array, lengths: Array,
 ) -> None:  # fmt: skip
-    """Round the rows of every cell into its panels; the names are those of `Cells`. values: all zero before."""
-    width = values.shape[1] * values.shape[2] // PANEL
-    together = values.shape[2] // PANEL  # values of a row side by side
-    packed, floats = np.zeros(width, values.dtype), np.empty(points.shape[1], np.float32)
-    for c in range(centres.shape[0]):
-        for panel in range(first[c], first[c + 1]):
+    """Round rows into the panels first … stop; the names are those of `Cells`, but that residuals, lengths float64 [P]
+    are of panels, whose cells are `cell` int64 [P]. values: all zero before.
+    """
+    steps, together = values.shape[1], values.shape[2] // PANEL  # values of a row side by side
+    # Rows a little apart: at a distance of a power of two they would drive each other out of the cache.
+    packed, floats = np.zeros((PANEL, steps * together + 32), values.dtype), np.empty(points.shape[1], np.float32)
+    for panel in range(first, stop):
+        for i in range(PANEL):
+            row = order[panel * PANEL + i]
+            if row < 0:
+                bias[panel, i] = -np.inf
+                packed[i] = 0
+                continue
+            square, lost = _round(points[row], centres[cell[panel]], scale, floats, packed[i])
+            length = np.sqrt(square)
+            bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
+            inner[panel] = min(inner[panel], length * (1 - MARGIN))
+            outer[panel] = max(outer[panel], length * (1 + MARGIN))
+            residuals[panel] = max(residuals[panel], lost)
+            lengths[panel] = max(lengths[panel], length + lost)
+        for s in range(steps):
             for i in range(PANEL):
-                row = order[panel * PANEL + i]
-                if row < 0:
-                    bias[panel, i] = -np.inf
-                    continue
-                square, lost = _round(points[row], centres[c], scale, floats, packed)
-                for j in range(width):
-                    values[panel, j // together, i * together + j % together] = packed[j]
-                length = np.sqrt(square)
-                bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
-                inner[panel] = min(inner[panel], length * (1 - MARGIN))
-                outer[panel] = max(outer[panel], length * (1 + MARGIN))
-                residuals[c] = max(residuals[c], lost)
-                lengths[c] = max(lengths[c], length + lost)
+                for j in range(together):
+                    values[panel, s, i * together + j] = packed[i, s * together + j]
 
 
 @_any_order

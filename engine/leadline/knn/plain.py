@@ -50,7 +50,9 @@ def search(
     the row that each must not have, -1 for none.
     """
     n_bank, n_queries = bank.shape[0], len(queries)
-    frame = _frame(centre, max(longest, kernels.largest_square(queries, centre)), queries.shape[1])
+    squares = np.empty(n_queries)
+    kernels.square_lengths(queries, centre, 1.0, squares)
+    frame = _frame(centre, max(longest, squares.max()), queries.shape[1])
     rounded, norms = frame.place(queries)
     slack_rows = np.empty(n_bank)
     size = min(k + SPARE, n_bank)

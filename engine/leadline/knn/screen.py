@@ -14,9 +14,10 @@ import torch
 from leadline.knn import kernels, product
 from leadline.knn.arrays import Array
 from leadline.knn.kernels import FLOAT32, MARGIN, Cells, Question
+from leadline.knn.threads import spread
 
 NARROW = 64  # values of a row below which nothing is projected, and everything is measured in float64
-SAMPLE = 4096  # rows that decide how a bank is searched
+SAMPLE = 2048  # rows that decide how a bank is searched
 SAMPLE_BYTES = 64 << 20
 ASKED = 128  # of them, that stand for queries
 K = 30  # neighbours that the decision is made for
@@ -98,19 +99,15 @@ def low_precision() -> torch.dtype:
 
 def prepare(rows: Array, centre: Array, scale: float) -> Screen:
     """Decide on a sample how a bank [M, D] is searched, and make it ready. `centre` and `scale`: see `Screen`."""
-    sample = _Sample(rows, centre, scale) if len(rows) >= SAMPLE else None
-    axes = sample.choose_axes() if sample else None
-    points = _project(rows, centre, scale, axes)
-    middle, unit = (centre, scale) if axes is None else (np.zeros(points.shape[1]), 1.0)
-    n_cells = int(np.sqrt(len(rows)) / 2) if sample else 1
-    cells = _cut(points, middle, unit, n_cells)
-    if axes is None and sample and sample.share_of_rows(points, cells) > WORTH:
-        n_cells = 1
-        cells = _cut(points, middle, unit, n_cells)
+    n_bank, width = rows.shape
+    axes, in_cells = _Sample(rows, centre, scale).decide() if n_bank >= SAMPLE else (None, False)
+    points = np.concatenate(spread(lambda s: _project(rows[s], centre, scale, axes), n_bank)) if axes else rows
+    middle, unit = (np.zeros(points.shape[1]), 1.0) if axes else (centre, scale)
+    cells = _cut(points, middle, unit, int(np.sqrt(n_bank) / 2) if in_cells else 1)
+    n_cells = len(cells.centres)
+    seen = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
     kind = str(low_precision()).removeprefix("torch.")
-    width = rows.shape[1]
-    values = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
-    return Screen(centre, scale, axes, cells, f"{values}, {n_cells} cell{'s' * (n_cells > 1)}, {kind}")
+    return Screen(centre, scale, axes, cells, f"{seen}, {n_cells} cell{'s' * (n_cells > 1)}, {kind}")
 
 
 class _Sample:
@@ -135,20 +132,20 @@ class _Sample:
         squares.fill_diagonal_(torch.inf)
         return squares
 
-    def choose_axes(self) -> Axes | None:
-        """The projection that promises the least time, or none."""
+    def decide(self) -> tuple[Axes | None, bool]:
+        """The projection that promises the least time, or none; and whether to cut the bank into cells."""
         n, width = self.rows.shape
-        if width < NARROW:
-            return None
-        widths = [m for m in WIDTHS if m <= min(width, n) // 2]
-        axes = self._principal(widths[-1])
+        widths = [m for m in WIDTHS if m <= min(width, n) // 2] if width >= NARROW else []
+        directions = self._principal(widths[-1]) if widths else self.rows[:0].T
         best, least = None, width * SCREENED
         for m in widths:
-            left = (self._squares(self.rows @ axes[:, :m]) <= self.kth[:, None]).double().mean().item()
+            left = (self._squares(self.rows @ directions[:, :m]) <= self.kth[:, None]).double().mean().item()
             time = m * SCREENED + left * (MEASURED + width * OF_A_VALUE)
             if time < least:
                 best, least = m, time
-        return None if best is None else _contraction(axes[:, :best])
+        if best is None:
+            return None, self._share_of_rows() <= WORTH
+        return _contraction(directions[:, :best]), True
 
     def _principal(self, n: int) -> torch.Tensor:
         """About the n directions of largest spread, orthonormal, float32 [D, n], the largest first.
@@ -164,12 +161,15 @@ class _Sample:
         directions: torch.Tensor = guess @ spread[:, :n].float()
         return directions
 
-    def share_of_rows(self, points: Array, cells: Cells) -> float:
-        """Share of the bank's rows in cells that the triangle inequality does not leave out."""
-        to_centres, _ = _distances(cells.centres, points[self.which[:ASKED]], cells.scale)
-        near = to_centres - cells.radii[:, None] <= self.kth.double().sqrt().numpy()
-        rows = np.diff(cells.first) / cells.first[-1]
-        return float((near * rows[:, None]).sum(axis=0).mean())
+    def _share_of_rows(self) -> float:
+        """Share of the sample's rows in cells of it that the triangle inequality does not leave out."""
+        n_cells = max(1, int(np.sqrt(len(self.rows)) / 2))
+        centres = _kmeans(self.rows, n_cells)
+        distances = torch.cdist(self.rows, centres)
+        radius, cell = distances.min(dim=1)
+        reach = torch.zeros(n_cells).scatter_reduce_(0, cell, radius, "amax")
+        near = distances[:ASKED] - reach <= self.kth.sqrt()[:, None]
+        return (near * torch.bincount(cell, minlength=n_cells)).sum().item() / (len(near) * len(self.rows))
 
 
 def _contraction(matrix: torch.Tensor) -> Axes:
@@ -207,54 +207,74 @@ def _project(rows: Array, centre: Array, scale: float, axes: Axes | None, length
 def _cut(points: Array, middle: Array, scale: float, n_cells: int) -> Cells:
     """Sort points [M, m] into cells and round them into panels. middle float64 [m]: near their mean."""
     n_bank, width = points.shape
-    centres = middle[None] if n_cells == 1 else _kmeans(points, middle, scale, n_cells)
-    cell, radius = _assign(points, centres, scale)
+    centres = middle[None] if n_cells == 1 else _centres(points, middle, scale, n_cells)
+    cell, radius = np.empty(n_bank, np.int64), np.empty(n_bank)
+    spread(lambda s: _assign(points[s], centres, scale, cell[s], radius[s]), n_bank)
     by_cell = np.lexsort((radius, cell))
     counts = np.bincount(cell, minlength=n_cells)
-    first = np.concatenate([[0], np.cumsum(-(-counts // product.PANEL))])
-    n_panels = first[-1]
+    panels = -(-counts // product.PANEL)
+    first = np.concatenate([[0], np.cumsum(panels)])
+    n_panels = int(first[-1])
     order = np.full(n_panels * product.PANEL, -1)
     begins = np.concatenate([[0], np.cumsum(counts)])[:-1]
     order[np.arange(n_bank) + np.repeat(first[:-1] * product.PANEL - begins, counts)] = by_cell
     in_pairs = low_precision() == torch.bfloat16
     together = 2 if in_pairs else 1
-    steps = -(-width // together)
-    values = np.zeros((n_panels, steps, together * product.PANEL), np.int16 if in_pairs else np.float32)
+    shape = (n_panels, -(-width // together), together * product.PANEL)
+    values = np.zeros(shape, np.int16 if in_pairs else np.float32)
     bias = np.empty((n_panels, product.PANEL), np.float32)
-    inner, outer = np.full(n_panels, np.inf), np.zeros(n_panels)
-    residuals, lengths = np.zeros(n_cells), np.zeros(n_cells)
-    kernels.fill(points, centres, scale, order, first, values, bias, inner, outer, residuals, lengths)
+    inner, outer, residuals, lengths = np.full(n_panels, np.inf), *np.zeros((3, n_panels))
+    cell_of = np.repeat(np.arange(n_cells), panels)
+    spread(
+        lambda s: kernels.fill(
+            points, centres, scale, order, cell_of, s.start, s.stop, values, bias, inner, outer, residuals, lengths
+        ),
+        n_panels,
+    )
     apart, _ = _distances(centres, centres, scale)
-    radii = np.array([outer[first[c] : first[c + 1]].max(initial=0.0) for c in range(n_cells)])
     slip = 32.0 * (width + 8) * 2.0**-53
+    radii, residuals, lengths = (_largest_of(cell_of, n_cells, of_panel) for of_panel in (outer, residuals, lengths))
     return Cells(order, first, centres, scale, radii, apart, inner, outer, values, bias, residuals, lengths, slip)
 
 
-def _kmeans(points: Array, middle: Array, scale: float, n_cells: int) -> Array:
-    """Centres float64 [C, m] from a sample, in float32: they decide the speed alone."""
-    random = np.random.default_rng(0)
-    chosen = np.sort(random.choice(len(points), min(len(points), OF_A_CELL * n_cells), replace=False))
+def _largest_of(cell_of: Array, n_cells: int, of_panel: Array) -> Array:
+    """From a number for each panel to the largest of each cell; 0 where it has none."""
+    largest = np.zeros(n_cells)
+    np.maximum.at(largest, cell_of, of_panel)
+    return largest
+
+
+def _centres(points: Array, middle: Array, scale: float, n_cells: int) -> Array:
+    """Centres of cells, float64 [C, m], from some of the points."""
+    chosen = np.random.default_rng(0).choice(len(points), min(len(points), OF_A_CELL * n_cells), replace=False)
     sample = torch.from_numpy(((points[chosen] - middle) * scale).astype(np.float32))
-    centres = sample[torch.from_numpy(random.choice(len(sample), n_cells, replace=False))].clone()
+    centres: Array = _kmeans(sample, n_cells).double().numpy() / scale + middle
+    return centres
+
+
+def _kmeans(sample: torch.Tensor, n_cells: int) -> torch.Tensor:
+    """Centres [C, m] of points [n, m] in random order; they decide the speed alone."""
+    centres = sample[:n_cells].clone()
     for _ in range(ROUNDS):
         nearest = (centres.square().sum(dim=1) - 2 * sample @ centres.T).argmin(dim=1)
         counts = torch.bincount(nearest, minlength=n_cells)
         sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
         filled = counts > 0
         centres[filled] = sums[filled] / counts[filled, None]
-    found: Array = centres.double().numpy() / scale + middle
-    return found
+    return centres
 
 
-def _assign(points: Array, centres: Array, scale: float) -> tuple[Array, Array]:
-    """Nearest centre of each point and the scaled distance from it."""
-    cell, radius = np.empty(len(points), np.int64), np.empty(len(points))
+def _assign(points: Array, centres: Array, scale: float, cell: Array, radius: Array) -> None:
+    """Fill in the nearest centre of each point, and the scaled distance from it."""
+    if len(centres) == 1:
+        cell[:] = 0
+        kernels.square_lengths(points, centres[0], scale, radius)
+        return
     for first in range(0, len(points), TILE):
         part = slice(first, first + TILE)
         distances, _ = _distances(centres, points[part], scale)
         cell[part] = distances.argmin(axis=0)
         radius[part] = distances.min(axis=0)
-    return cell, radius
 
 
 def _distances(centres: Array, points: Array, scale: float) -> tuple[Array, Array]:
