@@ -116,28 +116,54 @@ def test_neighbours_are_those_of_float64_brute_force(way, name, leave_out):
     assert cost.certified + cost.reranked + cost.fell_through == len(queries)
 
 
+def _grid(random, n, width, levels):
+    return random.integers(0, levels, (n, width)).astype(np.float64)
+
+
+def _softmax(random, n, width, levels):
+    logits = random.standard_normal((n, width)) * 10 * levels
+    return np.exp(logits - logits.max(axis=1, keepdims=True))
+
+
+def _near_ties(random, n, width, levels):
+    """Rows on a sphere about the first, that differ from each other by a few units in the last place."""
+    steps = random.standard_normal((n, width))
+    steps /= np.linalg.norm(steps, axis=1, keepdims=True)
+    return steps * (1 + random.integers(0, levels + 1, (n, 1)) * 2.0**-23)
+
+
+def _unequal_clusters(random, n, width, levels):
+    cluster = np.minimum(random.geometric(0.6, n), levels)
+    return cluster[:, None] * 100.0 + random.standard_normal((n, width)) * 10.0 ** -cluster[:, None]
+
+
+def _zeros(random, n, width, levels):
+    return _grid(random, n, width, 2) * (random.random((n, 1)) < 1 / levels)
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    kind=st.sampled_from([_grid, _softmax, _near_ties, _unequal_clusters, _zeros]),
     seed=st.integers(0, 2**32 - 1),
     n_bank=st.integers(2, 200),
     n_queries=st.integers(1, 20),
     width=st.integers(1, 300),
-    k=st.integers(1, 40),
+    k=st.one_of(st.integers(1, 40), st.just(200)),
     levels=st.sampled_from([1, 2, 5, 1000]),
     offset=st.sampled_from([0.0, 1.0, 1e6]),
     scale=st.sampled_from([1e-25, 1.0, 1e25]),
     dtype=st.sampled_from([np.float32, np.float64]),
+    leave_out=st.booleans(),
 )
 def test_votes_of_any_input_are_those_of_brute_force(
-    way, seed, n_bank, n_queries, width, k, levels, offset, scale, dtype
+    way, kind, seed, n_bank, n_queries, width, k, levels, offset, scale, dtype, leave_out
 ):  # fmt: skip
     random = np.random.default_rng(seed)
-    bank = ((random.integers(0, levels, (n_bank, width)) + offset) * scale).astype(dtype)
-    queries = np.concatenate([bank, ((random.integers(0, levels, (n_queries, width)) + offset) * scale).astype(dtype)])
-    queries = queries[-n_queries:]
+    rows = ((kind(random, n_bank + n_queries, width, levels) + offset) * scale).astype(dtype)
+    bank, queries = rows[:n_bank], rows[-n_queries - n_bank // 2 :][:n_queries]
     labels = random.integers(0, 4, n_bank)
-    exclude = random.integers(-1, n_bank, n_queries)
-    k = min(k, n_bank - 1)
+    exclude = random.integers(-1, n_bank, n_queries) if leave_out else None
+    k = min(k, n_bank - leave_out)  # of all rows, where it is large
     found, _ = way(bank, queries, k, exclude)
     expected = brute_force(bank, queries, k, exclude)
     np.testing.assert_array_equal(found, expected)
