@@ -331,6 +331,7 @@ REDUCED = {
             "training": {"steps": 20, "batch": 64, "precision": "float32"},
         }
     ],
+    "engine": {**TINY["engine"], "query_block": 2000},
     "reduction": {"input": "jl:40", "stem": "pca:16", "blocks.0.sum": "jl:64", "blocks.*.sum": "pool:1x1"},
 }
 
@@ -349,7 +350,7 @@ def test_a_run_records_its_reductions_and_goes_on_after_the_fit(tmp_path, monkey
         ("softmax", 10, 10, "none"),
     ]
 
-    other = {**REDUCED, "engine": {**TINY["engine"], "shard_size": 640, "workers": 1}}
+    other = {**REDUCED, "engine": {**REDUCED["engine"], "shard_size": 640, "workers": 1}}
     do = driver._do
 
     def do_until_embedding(pool, stages, stage, units):
