@@ -119,10 +119,10 @@ def _stream(
     for first in range(0, len(sample), batch_size):
         ids = sample[first : first + batch_size]
         embeddings, _ = read_probes(model, passed, read(ids))
-        kept = {probe: values for probe, values in zip(passed, embeddings, strict=True) if probe.index in group}
-        for probe, values in kept.items():
-            _check_finite(values.isfinite().all(dim=1).cpu().numpy(), ids, probe.name, member)
-        yield list(kept.values())
+        asked = [(p.name, values) for p, values in zip(passed, embeddings, strict=True) if p.index in group]
+        for name, values in asked:
+            _check_finite(values.isfinite().all(dim=1).cpu().numpy(), ids, name, member)
+        yield [values for _, values in asked]
 
 
 @contextmanager
