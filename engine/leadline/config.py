@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from leadline.embedding.reductions import Choice, checked_choice, parse_reduction
 from leadline.errors import LeadlineError
 
 
@@ -209,7 +210,22 @@ class RunConfig(Section):
         description="until-decided: from the last probe down, a point's votes end where its depth is told",
     )
     leave_one_out: bool = Field(default=True, description="a training point is left out of its own neighbours")
+    reduction: str | dict[str, str] = Field(
+        default="none",
+        description="what is stored of the embeddings: none, pca:M, jl:M or pool:HxW for all layers, or by probe name",
+    )
     engine: Engine = Engine()
+
+    @field_validator("reduction", mode="plain")
+    @classmethod
+    def _known_reduction(cls, value: Any) -> Choice:
+        try:
+            choice = checked_choice(value)
+        except LeadlineError as error:
+            raise ValueError(str(error)) from None
+        if not isinstance(choice, str) and parse_reduction(choice.get("input", "none")).kind == "pca":
+            raise ValueError("input: pca is fitted to each member, and the input is kept once for all; use jl or pool")
+        return choice
 
     @model_validator(mode="after")
     def _distinct_members(self) -> Self:

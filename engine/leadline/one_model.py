@@ -8,18 +8,28 @@ import pyarrow as pa
 import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch
+from leadline.embedding import embed_batch, fit_directions
+from leadline.embedding.reductions import (
+    Choice,
+    Reducer,
+    check_patterns,
+    checked_choice,
+    choose_reductions,
+    make_reducers,
+    stored_width,
+)
 from leadline.errors import LeadlineError
 from leadline.knn import knn_votes
 from leadline.members.probes import Probe, place_probes
 from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
+FIT_BYTES = 4 << 30  # that a fit of principal directions may take
 
 
 def prediction_depth(
     model: torch.nn.Module, bank: Any, queries: Any = None, *, probes: str | Sequence[str] = "auto", k: int = 30,
-    method: str = "exact", batch_size: int = 256, device: str | torch.device | None = None,
+    method: str = "exact", batch_size: int = 256, device: str | torch.device | None = None, reduction: Choice = "none",
 ) -> pa.Table:  # fmt: skip
     """Prediction depth of each query under one model (definition: `leadline.depth_from_votes`).
 
@@ -27,28 +37,37 @@ def prediction_depth(
     queries=None: the bank itself, each point left out of its own neighbours. probes: "auto", "paper" (for the
     architectures that Leadline brings) or module names, with wildcards; the input and the softmax are always probes.
     device: where the model and the products run, by default where the model's parameters lie; embeddings are kept in
-    main memory, (bank + queries) x the sum of the probes' widths x 4 bytes.
+    main memory, (bank + queries) x the sum of the stored widths x 4 bytes.
+    reduction: what is stored of the embeddings: "none", "pca:M" (fitted to the bank), "jl:M" or "pool:HxW" for all but
+    the input and the softmax, or these by probe name, with wildcards; wider layers are measured in full by default.
 
     Returns one row a query: point_id int64 (its place in the data set), label int32, in_training bool, prediction
     int32, confidence, margin, entropy float32, depth int16, unsettled bool, and the votes winner, winner_votes,
-    runner_up, runner_up_votes, fixed-size lists of int32 over the probes, whose names are in the schema's metadata
-    under "probes", one a line.
+    runner_up, runner_up_votes, fixed-size lists of int32 over the probes, whose names and reductions are in the
+    schema's metadata under "probes" and "reductions", one a line.
 
-    Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, and fewer
-    than k bank points to choose from.
+    Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, fewer than
+    k bank points to choose from, and reductions that are unknown or do not fit the probes.
     """
     if batch_size < 1:
         raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model = model.to(device)
-    example = _inputs([_item(bank, 0, "bank")[0]], "bank").to(device)
+    example = _read(bank, np.zeros(1, np.int64), "bank", device)[0]
     placed = place_probes(model, probes, example)
-    bank_embeddings, bank_labels, bank_outputs = _embed(model, placed, bank, "bank", batch_size, device)
+    check_patterns(checked_choice(reduction), [probe.name for probe in placed])
+    placed = choose_reductions(reduction, placed)
+    directions = fit_directions(
+        model, placed, lambda ids: _read(bank, ids, "bank", device)[0], np.arange(len(bank)), seed=0,
+        batch_size=batch_size, memory=FIT_BYTES, member="bank",
+    )  # fmt: skip
+    reducers = make_reducers(placed, directions)
+    bank_embeddings, bank_labels, bank_outputs = _embed(model, placed, reducers, bank, "bank", batch_size, device)
     if queries is None:
         embeddings, labels, outputs, exclude = bank_embeddings, bank_labels, bank_outputs, np.arange(len(bank_labels))
     else:
-        embeddings, labels, outputs = _embed(model, placed, queries, "queries", batch_size, device)
+        embeddings, labels, outputs = _embed(model, placed, reducers, queries, "queries", batch_size, device)
         exclude = None
     votes = [
         knn_votes(rows, bank_labels, asked, k=k, exclude=exclude, method=method, device=device)
@@ -64,27 +83,33 @@ def prediction_depth(
         "unsettled": pa.array(is_unsettled(depths, len(placed))),
         **vote_columns(votes),
     }
-    return pa.table(columns).replace_schema_metadata({"probes": "\n".join(probe.name for probe in placed)})
+    names, reductions = ("\n".join(lines) for lines in zip(*((p.name, p.reduction) for p in placed), strict=True))
+    return pa.table(columns).replace_schema_metadata({"probes": names, "reductions": reductions})
 
 
 def _embed(
-    model: torch.nn.Module, probes: Sequence[Probe], points: Any, name: str, batch_size: int, device: Any
-) -> tuple[list[Array], Array, dict[str, Array]]:
-    """Embeddings of a data set, [N, width] a probe; its labels int64 [N]; its outputs [N] by column."""
+    model: torch.nn.Module, probes: Sequence[Probe], reducers: Sequence[Reducer], points: Any, name: str,
+    batch_size: int, device: Any,
+) -> tuple[list[Array], Array, dict[str, Array]]:  # fmt: skip
+    """Embeddings of a data set, [N, stored width] a probe; its labels int64 [N]; its outputs [N] by column."""
     labels = np.empty(len(points), np.int64)
-    embeddings = [np.empty((len(points), probe.width), np.float32) for probe in probes]
+    embeddings = [np.empty((len(points), stored_width(probe)), np.float32) for probe in probes]
     parts = []
     for first in range(0, len(points), batch_size):
-        stop = min(first + batch_size, len(points))
-        items = [_item(points, i, name) for i in range(first, stop)]
-        labels[first:stop] = [label for _, label in items]
-        inputs = _inputs([value for value, _ in items], name, first).to(device)
-        batch = embed_batch(model, probes, inputs, first, name)
+        ids = np.arange(first, min(first + batch_size, len(points)))
+        inputs, labels[ids] = _read(points, ids, name, device)
+        batch = embed_batch(model, probes, inputs, first, name, reducers)
         for kept, values in zip(embeddings, batch.embeddings, strict=True):
-            kept[first:stop] = values
+            kept[ids] = values
         parts.append(batch.outputs)
     outputs = {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
     return embeddings, labels, outputs
+
+
+def _read(points: Any, ids: Array, name: str, device: Any) -> tuple[torch.Tensor, list[int]]:
+    """Inputs of some points of a data set, [B, ...] on the device, and their labels."""
+    items = [_item(points, int(i), name) for i in ids]
+    return _inputs([value for value, _ in items], name, ids).to(device), [label for _, label in items]
 
 
 def _item(points: Any, place: int, name: str) -> tuple[torch.Tensor, int]:
@@ -103,11 +128,11 @@ def _item(points: Any, place: int, name: str) -> tuple[torch.Tensor, int]:
         ) from None
 
 
-def _inputs(values: Sequence[torch.Tensor], name: str, first: int = 0) -> torch.Tensor:
+def _inputs(values: Sequence[torch.Tensor], name: str, ids: Array) -> torch.Tensor:
     for i, value in enumerate(values):
         if value.shape != values[0].shape:
             raise LeadlineError(
-                f"{name}: input {first + i} has shape {tuple(value.shape)}, input {first} {tuple(values[0].shape)}; "
+                f"{name}: input {ids[i]} has shape {tuple(value.shape)}, input {ids[0]} {tuple(values[0].shape)}; "
                 "transform them to one shape"
             )
     stacked = torch.stack(list(values))

@@ -288,7 +288,9 @@ def test_outputs_that_are_not_logits(change):
     with pytest.raises(LeadlineError, match="the model returns"):
         placed(Output(change), "auto", (4,))
     with pytest.raises(LeadlineError, match="the model returns"):
-        read_probes(Output(change), [Probe(0, "input", 4, None), Probe(1, "softmax", 3, None)], torch.rand(2, 4))
+        read_probes(
+            Output(change), [Probe(0, "input", 4, None, (4,)), Probe(1, "softmax", 3, None, (3,))], torch.rand(2, 4)
+        )
 
 
 def test_a_model_that_refuses_the_inputs(resnet):

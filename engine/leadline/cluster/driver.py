@@ -22,10 +22,11 @@ from leadline.cluster.progress import Stages
 from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
+from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.members.architectures import build
-from leadline.members.probes import place_probes
+from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import training_ids
 from leadline.points import TRAIN, Points, open_points
 from leadline.query import Run, open_run
@@ -89,9 +90,12 @@ def _check_bank(config: RunConfig, points: Points, member: Member) -> None:
 def _check_members(config: RunConfig, points: Points) -> None:
     """Build a network of each entry and place its probes, so that mistakes are told before any work is paid for."""
     example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
+    names: list[str] = []
     for entry in config.members:
         model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
-        place_probes(model, entry.placement, example)
+        probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
+        names += [probe.name for probe in probes]
+    check_patterns(config.reduction, list(dict.fromkeys(names)))
 
 
 def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:
@@ -239,8 +243,8 @@ def _scratch(
 
 
 def _embedding_bytes(group: list[Member], probes: dict[str, Any], n_points: int) -> int:
-    inner = sum(probe["width"] for member in group for probe in probes[member.name][1:])
-    return 4 * n_points * int(inner + probes[group[0].name][0]["width"])
+    inner = sum(stored_width(Probe(**probe)) for member in group for probe in probes[member.name][1:])
+    return 4 * n_points * (inner + stored_width(Probe(**probes[group[0].name][0])))
 
 
 def _fits_memory(size: int, place: Path) -> bool:
@@ -291,8 +295,8 @@ def _probe_rows(
             "probe": probe["index"],
             "name": probe["name"],
             "width": probe["width"],
-            "stored_width": probe["width"],
-            "reduction": "none",
+            "stored_width": stored_width(Probe(**probe)),
+            "reduction": probe["reduction"],
             "method": config.method,
             "k": config.k,
             "train_accuracy": reduced["probe_train_accuracy"][probe["index"]],

@@ -17,7 +17,9 @@ import torch
 from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch
+from leadline.embedding import embed_batch, fit_directions
+from leadline.embedding.principal import load_directions, save_directions
+from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers, stored_width
 from leadline.errors import LeadlineError
 from leadline.knn import NOTHING, Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array, Shards
@@ -29,11 +31,12 @@ from leadline.members.train import resolve_precision, train
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.points import open_points
 from leadline.store import RunDirectory
-from leadline.store.files import read_json, replacing, write_json
+from leadline.store.files import digest, read_json, replacing, write_json
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, write_table
 
 VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
+_Network = tuple[torch.nn.Module, list[Probe], list[Reducer]]
 Spent = dict[str, Any]  # the fields of a Cost, and the bank's plan
 OUTPUTS = np.dtype([("prediction", np.int32), *((field, np.float32) for field in OUTPUT_FIELDS[1:])])
 
@@ -92,10 +95,13 @@ class Bench:
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
         self.common = bank_of_all(config, self.points.parts)
         self._ready: tuple[tuple[str, int], Bank] | None = None
-        self._networks: dict[str, tuple[torch.nn.Module, list[Probe]]] = {}
+        self._networks: dict[str, _Network] = {}
 
     def train(self, directory: RunDirectory, member: Member) -> int:
-        """Train a member, or load its given weights; store them with the places of its probes. Returns the steps."""
+        """Train a member, or load its given weights; store them with its probes and what their reductions need.
+
+        Returns the steps.
+        """
         started = time.perf_counter()
         model = self._build(member)
         source, recipe = member.weights_source, member.config.training
@@ -105,10 +111,11 @@ class Bench:
         if recipe:
             train(model, self.points, ids, recipe, member.seed, self.device)
         model.float().to(self.device)
-        example = torch.from_numpy(self.points.read(np.zeros(1, np.int64))).to(self.device)
-        probes = place_probes(model, member.config.placement, example)
+        example = self._inputs(np.zeros(1, np.int64))
+        probes = choose_reductions(self.config.reduction, place_probes(model, member.config.placement, example))
         with replacing(directory.weights(member.name)) as beside:
             save_weights(model, beside)
+        directions = self._fit_directions(directory, member, model, probes)
         write_json(
             directory.record("train", member.name),
             {
@@ -117,10 +124,29 @@ class Bench:
                 "steps": recipe.steps if recipe else None,
                 "precision": resolve_precision(recipe.precision, self.device) if recipe else None,
                 "probes": [asdict(probe) for probe in probes],
+                "directions": directions,
                 "seconds": time.perf_counter() - started,
             },
         )
         return recipe.steps if recipe else 0
+
+    def _fit_directions(
+        self, directory: RunDirectory, member: Member, model: torch.nn.Module, probes: Sequence[Probe]
+    ) -> str | None:
+        """Store the directions of a member's probes that are reduced by pca. Returns the file's digest, None for none.
+
+        All shards are reduced by what lies in the file, so a fit on another machine cannot be mixed in.
+        """
+        found = fit_directions(
+            model, probes, self._inputs, self._training_ids(member), seed=member.seed,
+            batch_size=self.config.engine.batch_size, memory=self.config.engine.memory_budget, member=member.name,
+        )  # fmt: skip
+        if not found:
+            return None
+        path = directory.directions(member.name)
+        with replacing(path) as beside:
+            save_directions(found, beside)
+        return digest(path)
 
     def embed(self, directory: RunDirectory, members: Sequence[Member], shard: int) -> int:
         """Read a shard of points once and run every member on it. Returns the number of embedded points."""
@@ -136,14 +162,15 @@ class Bench:
                     else None
                     for probe in probes
                 ]
-                for member, (_, probes) in zip(members, networks, strict=True)
+                for member, (_, probes, _) in zip(members, networks, strict=True)
             ]
             for start in range(first, stop, self.config.engine.batch_size):
                 ids = np.arange(start, min(start + self.config.engine.batch_size, stop))
-                inputs = torch.from_numpy(self.points.read(ids)).to(self.device)
+                inputs = self._inputs(ids)
                 rows = slice(start - first, start - first + len(ids))
-                for member, (model, probes), kept, out in zip(members, networks, files, outputs, strict=True):
-                    batch = embed_batch(model, probes, inputs, start, member.name)
+                for member, network, kept, out in zip(members, networks, files, outputs, strict=True):
+                    model, probes, reducers = network
+                    batch = embed_batch(model, probes, inputs, start, member.name, reducers)
                     for array, values in zip(kept, batch.embeddings, strict=True):
                         if array is not None:
                             array[rows] = values
@@ -322,6 +349,10 @@ class Bench:
     def _training_ids(self, member: Member) -> Array:
         return training_ids(member.config.split, self.points.parts, member.seed)
 
+    def _inputs(self, ids: Array) -> torch.Tensor:
+        """Inputs of points on the device, float32 [B, ...]."""
+        return torch.from_numpy(self.points.read(ids)).to(self.device)
+
     def _build(self, member: Member) -> torch.nn.Module:
         entry = member.config
         n_classes = len(self.points.label_names)
@@ -334,7 +365,7 @@ class Bench:
             self._ready = ((owner, probe), Bank(rows, self.device, self.config.engine.memory_budget))
         return self._ready[1]
 
-    def _network(self, directory: RunDirectory, member: Member) -> tuple[torch.nn.Module, list[Probe]]:
+    def _network(self, directory: RunDirectory, member: Member) -> _Network:
         """A member with its stored weights, kept for the next shard; networks of another group are dropped."""
         if member.name not in self._networks:
             if len(self._networks) >= self.config.engine.group_size:
@@ -345,14 +376,24 @@ class Bench:
             model.float().to(self.device).eval()
             if weights_fingerprint(model) != trained["weights_fingerprint"]:
                 raise LeadlineError(f"{path}: not the weights that the run was begun with; restore the file")
-            self._networks[member.name] = (model, [Probe(**probe) for probe in trained["probes"]])
+            probes = [Probe(**probe) for probe in trained["probes"]]
+            self._networks[member.name] = (model, probes, self._reducers(directory, member, probes))
         return self._networks[member.name]
+
+    def _reducers(self, directory: RunDirectory, member: Member, probes: Sequence[Probe]) -> list[Reducer]:
+        expected = read_json(directory.record("train", member.name))["directions"]
+        if expected is None:
+            return make_reducers(probes, {})
+        path = directory.directions(member.name)
+        if digest(path) != expected:
+            raise LeadlineError(f"{path}: not the directions that the run was begun with; restore the file")
+        return make_reducers(probes, load_directions(path, self.device))
 
     @staticmethod
     def _array(open_files: ExitStack, path: Path, n_rows: int, probe: Probe) -> Array:
         """A new .npy file of a probe, mapped for writing; it takes its name when all files of the unit are whole."""
         beside = open_files.enter_context(replacing(path))
-        array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, probe.width))
+        array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, stored_width(probe)))
         open_files.callback(array.flush)
         return array
 

@@ -1,46 +1,128 @@
 """Points to embeddings: batches through networks, in eval mode, float32."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from leadline.embedding.outputs import Array, Outputs, summarise_logits
+from leadline.embedding.principal import Directions, principal_directions, search_bytes
+from leadline.embedding.reductions import Reducer, parse_reduction
 from leadline.errors import LeadlineError
 from leadline.members.probes import Probe, read_probes
+
+SAMPLE = 4096  # points that principal directions are fitted to, or SAMPLE_OF_EACH for each direction where that is more
+SAMPLE_OF_EACH = 4
+SAMPLE_SEED = 1
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A batch of B points in one member: embeddings, float32 [B, width] a probe, and what its logits say."""
+    """A batch of B points in one member: embeddings, float32 [B, stored width] a probe, and what its logits say."""
 
     embeddings: list[Array]
     outputs: Outputs
 
 
 def embed_batch(
-    model: torch.nn.Module, probes: Sequence[Probe], inputs: torch.Tensor, first_point: int, member: str
-) -> Embedded:
+    model: torch.nn.Module, probes: Sequence[Probe], inputs: torch.Tensor, first_point: int, member: str,
+    reducers: Sequence[Reducer] | None = None,
+) -> Embedded:  # fmt: skip
     """Run one batch (inputs [B, ...], on the model's device) and bring its embeddings to the CPU.
 
+    reducers: of `make_reducers`, applied on the device; None brings the embeddings in full.
     Raises LeadlineError that names the member, the probe and the point where an embedding or a logit is not finite;
     first_point is the id of the batch's first point.
     """
     with _float32_products():
         embeddings, logits = read_probes(model, probes, inputs)
+        if reducers is not None:
+            embeddings = [reduce(values) for reduce, values in zip(reducers, embeddings, strict=True)]
     arrays = [values.cpu().numpy() for values in embeddings]
+    ids = np.arange(first_point, first_point + len(inputs))
     # The logits come first in the list: a softmax that is not finite is their doing.
     named = [("logits", logits.cpu().numpy()), *zip((p.name for p in probes), arrays, strict=True)]
     for name, values in named:
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            point = first_point + int(np.flatnonzero(~finite)[0])
-            raise LeadlineError(
-                f"member {member}, probe {name}: not finite at point {point}; its weights or that input are broken"
-            )
+        _check_finite(np.isfinite(values).all(axis=1), ids, name, member)
     return Embedded(arrays, summarise_logits(named[0][1]))
+
+
+def _check_finite(finite: Array, ids: Array, name: str, member: str) -> None:
+    """finite: bool [B], of the points with these ids."""
+    if not finite.all():
+        point = ids[np.flatnonzero(~finite)[0]]
+        raise LeadlineError(
+            f"member {member}, probe {name}: not finite at point {point}; its weights or that input are broken"
+        )
+
+
+def fit_directions(
+    model: torch.nn.Module, probes: Sequence[Probe], read: Callable[[Array], torch.Tensor], ids: Array, *, seed: int,
+    batch_size: int, memory: int, member: str,
+) -> dict[int, Directions]:  # fmt: skip
+    """Principal directions of the embeddings at every probe that is reduced by pca, by the probe's index.
+
+    They are fitted to a sample of the points `ids`, int64 [n], drawn by `seed`: 4096 of them, or four for each
+    direction where that is more, or all. read: the inputs of points by id, [B, ...] on the model's device. The sample
+    runs through the network again and again and is never held; probes are fitted together as far as `memory` bytes
+    allow, one at a time at least. The result depends on batch_size in its rounding, on memory not at all.
+    Raises LeadlineError where there are not more points than directions, and where an embedding is not finite.
+    """
+    sizes = {probe.index: parse_reduction(probe.reduction).size[0] for probe in probes if _is_principal(probe)}
+    if not sizes:
+        return {}
+    largest = max(sizes.values())
+    if len(ids) <= largest:
+        raise LeadlineError(
+            f"member {member}: pca:{largest} is fitted to more points than it has directions, there are {len(ids)}; "
+            "lower it, or use jl or pool"
+        )
+    wanted = min(len(ids), max(SAMPLE, SAMPLE_OF_EACH * largest))
+    sample = np.sort(np.random.default_rng((seed, SAMPLE_SEED)).choice(ids, wanted, replace=False))
+    directions: dict[int, Directions] = {}
+    for group in _groups([probe for probe in probes if probe.index in sizes], sizes, memory):
+        stream = partial(_stream, model, probes, group, read, sample, batch_size, member)
+        with _float32_products():
+            found = principal_directions(stream, [sizes[index] for index in group])
+        directions.update(zip(group, found, strict=True))
+    return directions
+
+
+def _is_principal(probe: Probe) -> bool:
+    return parse_reduction(probe.reduction).kind == "pca"
+
+
+def _groups(probes: Sequence[Probe], sizes: Mapping[int, int], memory: int) -> list[list[int]]:
+    """Indexes of probes, in runs whose searches fit the memory together; one that does not fit it is alone."""
+    groups: list[list[int]] = []
+    taken = 0
+    for probe in probes:
+        needed = search_bytes(probe.width, sizes[probe.index])
+        if not groups or taken + needed > memory:
+            groups.append([])
+            taken = 0
+        groups[-1].append(probe.index)
+        taken += needed
+    return groups
+
+
+def _stream(
+    model: torch.nn.Module, probes: Sequence[Probe], group: Sequence[int], read: Callable[[Array], torch.Tensor],
+    sample: Array, batch_size: int, member: str,
+) -> Iterator[list[torch.Tensor]]:  # fmt: skip
+    """One pass: the embeddings of the sample at the probes of a group, batch by batch."""
+    # The input and the softmax belong to every forward pass.
+    passed = [probe for probe in probes if probe.index in group or probe.place is None]
+    for first in range(0, len(sample), batch_size):
+        ids = sample[first : first + batch_size]
+        embeddings, _ = read_probes(model, passed, read(ids))
+        asked = [(p.name, values) for p, values in zip(passed, embeddings, strict=True) if p.index in group]
+        for name, values in asked:
+            _check_finite(values.isfinite().all(dim=1).cpu().numpy(), ids, name, member)
+        yield [values for _, values in asked]
 
 
 @contextmanager

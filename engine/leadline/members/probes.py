@@ -1,6 +1,7 @@
 """Where a member is read, and reading it there."""
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,14 +22,17 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class Probe:
     """A named place in a member.
 
-    index: 0 is the input, the last is the softmax. width: values of a point's embedding.
-    place: the module whose output is read, None for the input and the softmax.
+    index: 0 is the input, the last is the softmax. width: values of a point's embedding, and shape: theirs before it is
+    flattened. place: the module whose output is read, None for the input and the softmax.
+    reduction: what is stored of the embedding, as `embedding.reductions` names it.
     """
 
     index: int
     name: str
     width: int
     place: str | None
+    shape: tuple[int, ...]
+    reduction: str = "none"
 
 
 def place_probes(model: nn.Module, probes: str | Sequence[str] | None, example: Tensor) -> tuple[Probe, ...]:
@@ -69,10 +73,10 @@ def place_probes(model: nn.Module, probes: str | Sequence[str] | None, example: 
     else:
         chosen = _named_places(probes, list(modules), calls)
     places = [name for name in outputs if name in chosen]  # in the order of the calls
-    widths = [_rows(name, outputs[name], len(example)).shape[1] for name in places]
-    width_in, width_out = example[0].numel(), logits.shape[1]
-    named = [("input", width_in, None), *zip(places, widths, places, strict=True), ("softmax", width_out, None)]
-    return tuple(Probe(index, name, width, place) for index, (name, width, place) in enumerate(named))
+    shapes = [_shape(name, outputs[name], len(example)) for name in places]
+    ends = [("input", None, tuple(example.shape[1:])), ("softmax", None, tuple(logits.shape[1:]))]
+    named = [ends[0], *zip(places, places, shapes, strict=True), ends[1]]
+    return tuple(Probe(index, name, math.prod(shape), place, shape) for index, (name, place, shape) in enumerate(named))
 
 
 def read_probes(model: nn.Module, probes: Sequence[Probe], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -141,6 +145,15 @@ def _copy(output: Any) -> Tensor | None:
 
 def _rows(name: str, output: Tensor | None, n_rows: int) -> Tensor:
     """A module's output as [n_rows, width]."""
+    return _checked_output(name, output, n_rows).reshape(n_rows, -1)
+
+
+def _shape(name: str, output: Tensor | None, n_rows: int) -> tuple[int, ...]:
+    """The shape of a module's output for one input."""
+    return tuple(_checked_output(name, output, n_rows).shape[1:])
+
+
+def _checked_output(name: str, output: Tensor | None, n_rows: int) -> Tensor:
     if output is None:
         raise LeadlineError(f"probes: module {name} does not return a tensor; read a module inside it")
     if output.ndim == 0 or len(output) != n_rows:
@@ -148,7 +161,7 @@ def _rows(name: str, output: Tensor | None, n_rows: int) -> Tensor:
             f"probes: module {name} returns shape {tuple(output.shape)} for {n_rows} inputs, not one row for each; "
             "read another module"
         )
-    return output.reshape(n_rows, -1)
+    return output
 
 
 def _checked_logits(output: Any, n_rows: int) -> Tensor:
@@ -224,7 +237,7 @@ def _named_places(patterns: Sequence[str], names: list[str], calls: Counter[str]
 
 
 def _matching(pattern: str, names: list[str], calls: Counter[str]) -> list[str]:
-    matched = [name for name in names if _matches(name, pattern)]
+    matched = [name for name in names if matches(name, pattern)]
     if not matched:
         close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}" if close else f"it has {', '.join(names[:4])}, ..."
@@ -238,7 +251,7 @@ def _matching(pattern: str, names: list[str], calls: Counter[str]) -> list[str]:
     return once
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Shell wildcards, each within one part of a dotted name."""
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name is of a pattern: shell wildcards, each within one part of the name."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

@@ -4,6 +4,7 @@ run.json                       what was asked, what it was made of, whether it i
 points.parquet members.parquet probes.parquet ensemble.parquet
 depths/member=M/part-0.parquet votes/member=M/part-0.parquet
 weights/M.safetensors          of every member, trained here or given
+directions/M.safetensors       of the probes that are reduced by pca, where there are any
 units/train/M.json             records of finished units; a unit without its record is done again
 units/vote/M/PPP-BBBBB.npy     computed votes of one probe and query block, until the member is reduced
 units/share/BBBBB.npy          neighbours at the input that all members share, until all are reduced
@@ -47,6 +48,10 @@ class RunDirectory:
 
     def weights(self, member: str) -> Path:
         return self.root / "weights" / f"{member}.safetensors"
+
+    def directions(self, member: str) -> Path:
+        """Principal directions at a member's probes: fitted once, before any embedding."""
+        return self.root / "directions" / f"{member}.safetensors"
 
     def record(self, stage: str, name: str) -> Path:
         """Of a finished unit of training or reduction."""
