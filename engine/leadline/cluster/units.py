@@ -23,7 +23,6 @@ from leadline.embedding.reductions import Reducer, choose_reductions, make_reduc
 from leadline.errors import LeadlineError
 from leadline.knn import NOTHING, Bank, Cost, Votes, count_votes
 from leadline.knn.arrays import Array, Shards
-from leadline.knn.rank import by_distance
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import path_of_seed, training_ids
@@ -189,10 +188,12 @@ class Bench:
         started = time.perf_counter()
         asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
         rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
-        inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
-        ordered, _ = by_distance(_mapped(inputs, self.common.ids), _mapped(inputs)[asked], rows)
+        if len(asked):
+            inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
+            bank = self._bank("input", 0, _mapped(inputs, self.common.ids))
+            rows, _ = bank.by_distance(_mapped(inputs)[asked], rows)
         shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
-        shared["point_id"], shared["neighbours"] = asked, self.common.ids[ordered]
+        shared["point_id"], shared["neighbours"] = asked, self.common.ids[rows]
         with replacing(directory.shared(block)) as beside:
             _save(beside, shared)
         write_json(directory.shared_cost(block), {**cost, "seconds": time.perf_counter() - started})

@@ -13,7 +13,7 @@ from leadline.errors import LeadlineError
 from leadline.knn import kernels, plain
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
 from leadline.knn.product import GROUP, PANEL
-from leadline.knn.rank import rank_doubtful
+from leadline.knn.rank import by_distance, rank_doubtful
 from leadline.knn.screen import NARROW, Screen, error_of, prepare, scale_of
 from leadline.knn.threads import full_precision, spread
 
@@ -74,6 +74,8 @@ class Bank:
         self._centre, self._longest = self._survey()
         self._scale = scale_of(self._longest)
         self._ready = [(0, *self._prepare(0))] if fits and self._device.type == "cpu" else None
+        if self._ready:
+            self._rows = self._ready[0][1]  # wherever they came from, they are in memory now
         self.plan = f"{-(-n_bank // self._step)} tiles of {self._step} rows"
         if self._ready:
             self.plan = self._ready[0][2].plan
@@ -113,6 +115,13 @@ class Bank:
                 cost += spent
         cost += Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
         return np.sort(chosen, axis=1), cost
+
+    def by_distance(self, queries: Rows, rows: Array) -> tuple[Array, Array]:
+        """Neighbours int64 [Q, k], as `search` gives them, in the order of (distance, row); and their distances.
+
+        Euclidean, float64 [Q, k].
+        """
+        return by_distance(self._rows, queries, rows)
 
     def _search(self, queries: Array, k: int, exclude: Array, winners_of: Array | None) -> tuple[Array, Cost]:
         """On the CPU: measured in the rows' own precision where that pays, then what is still open in float64."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from leadline.knn import kernels
-from leadline.knn.arrays import Array, Rows, copied
+from leadline.knn.arrays import Array, Rows, copied, is_in_memory
 
 GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
 
@@ -11,15 +11,14 @@ GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
 def by_distance(bank: Rows, queries: Rows, rows: Array) -> tuple[Array, Array]:
     """The neighbours of each query in the order of (distance, row), and their Euclidean distances, float64.
 
-    rows int64 [Q, k], as `search` gives them. Returns int64 and float64 [Q, k].
+    rows int64 [Q, k], ascending in each query. Returns int64 and float64 [Q, k].
     """
     ordered, distances = np.empty_like(rows), np.empty(rows.shape)
     at_once = _queries_at_once(rows.shape[1], queries.shape[1])
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
-        row_ids, places = np.unique(rows[part], return_inverse=True)
-        asked, gathered = copied(queries, part), copied(bank, row_ids)
-        places = places.reshape(rows[part].shape)
+        asked = copied(queries, part)
+        gathered, _, places = _gathered(bank, rows[part])
         kernels.sort_by_distance(asked, gathered, places, rows[part], ordered[part], distances[part])
     return ordered, distances
 
@@ -32,8 +31,16 @@ def rank_doubtful(
     for start in range(0, len(which), at_once):
         part = which[start : start + at_once]
         wanted = np.concatenate([chosen[i, n_sure[i] : n_sure[i] + n_open[i]] for i in part])
-        row_ids, places = np.unique(wanted, return_inverse=True)
-        kernels.rank_open(queries, part, copied(bank, row_ids), row_ids, places, chosen, n_sure, n_open, k)
+        gathered, row_ids, places = _gathered(bank, wanted)
+        kernels.rank_open(queries, part, gathered, row_ids, places, chosen, n_sure, n_open, k)
+
+
+def _gathered(bank: Rows, wanted: Array) -> tuple[Array, Array, Array]:
+    """Rows in memory, their numbers in the bank, and where among them the wanted ones lie."""
+    if isinstance(bank, np.ndarray) and is_in_memory(bank):
+        return bank, np.arange(len(bank)), wanted
+    row_ids, places = np.unique(wanted, return_inverse=True)
+    return copied(bank, row_ids), row_ids, places.reshape(wanted.shape)
 
 
 def _queries_at_once(candidates: int, width: int) -> int:

@@ -10,7 +10,6 @@ import torch
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array, Rows, Shards
 from leadline.knn.exact import MEMORY, Bank
-from leadline.knn.rank import by_distance
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def knn_votes(
     nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
-        nearest, distances = by_distance(rows, asked, nearest)
+        nearest, distances = ready.by_distance(asked, nearest)
     votes = {}
     for n in ks:
         counted = count_votes(given[nearest[:, :n]])
