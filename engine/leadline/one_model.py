@@ -10,7 +10,7 @@ import torch
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import embed_batch
 from leadline.errors import LeadlineError
-from leadline.knn import knn_votes
+from leadline.knn import knn_votes, usable_method
 from leadline.members.probes import Probe, place_probes
 from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
 
@@ -27,18 +27,20 @@ def prediction_depth(
     queries=None: the bank itself, each point left out of its own neighbours. probes: "auto", "paper" (for the
     architectures that Leadline brings) or module names, with wildcards; the input and the softmax are always probes.
     device: where the model and the products run, by default where the model's parameters lie; embeddings are kept in
-    main memory, (bank + queries) x the sum of the probes' widths x 4 bytes.
+    main memory, (bank + queries) x the sum of the probes' widths x 4 bytes. method: as in `leadline.knn_votes`, at
+    every probe.
 
     Returns one row a query: point_id int64 (its place in the data set), label int32, in_training bool, prediction
     int32, confidence, margin, entropy float32, depth int16, unsettled bool, and the votes winner, winner_votes,
     runner_up, runner_up_votes, fixed-size lists of int32 over the probes, whose names are in the schema's metadata
     under "probes", one a line.
 
-    Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, and fewer
-    than k bank points to choose from.
+    Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, fewer than
+    k bank points to choose from, and a method that is not known or whose package or GPU is missing.
     """
     if batch_size < 1:
         raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
+    usable_method(method)  # before the work of embedding, not after it
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model = model.to(device)

@@ -4,6 +4,7 @@ import numpy as np
 
 from leadline.knn import kernels
 from leadline.knn.arrays import Array, Rows, copied
+from leadline.knn.threads import spread
 
 GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
 
@@ -34,6 +35,21 @@ def rank_doubtful(
         wanted = np.concatenate([chosen[i, n_sure[i] : n_sure[i] + n_open[i]] for i in part])
         row_ids, places = np.unique(wanted, return_inverse=True)
         kernels.rank_open(queries, part, copied(bank, row_ids), row_ids, places, chosen, n_sure, n_open, k)
+
+
+def nearest_of(bank: Rows, queries: Array, candidates: Array, counts: Array, k: int) -> Array:
+    """The k nearest of each query's candidates by the exact distance, ties by lower row: int64 [Q, k], by distance.
+
+    candidates int64 [Q, n]: different bank rows in the first counts[i] >= k places; they are reordered.
+    """
+    every, none = np.arange(len(queries)), np.zeros(len(queries), np.int64)
+
+    def part(s: slice) -> None:
+        rank_doubtful(bank, queries, every[s], candidates, none, counts, k)
+
+    if len(queries):
+        spread(part, len(queries))
+    return candidates[:, :k]
 
 
 def _queries_at_once(candidates: int, width: int) -> int:
