@@ -19,7 +19,7 @@ from leadline.embedding.reductions import (
     stored_width,
 )
 from leadline.errors import LeadlineError
-from leadline.knn import knn_votes
+from leadline.knn import knn_votes, usable_method
 from leadline.members.probes import Probe, place_probes
 from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
 
@@ -40,6 +40,7 @@ def prediction_depth(
     main memory, (bank + queries) x the sum of the stored widths x 4 bytes.
     reduction: what is stored of the embeddings: "none", "pca:M" (fitted to the bank), "jl:M" or "pool:HxW" for all but
     the input and the softmax, or these by probe name, with wildcards; wider layers are measured in full by default.
+    method: as in `leadline.knn_votes`, at every probe.
 
     Returns one row a query: point_id int64 (its place in the data set), label int32, in_training bool, prediction
     int32, confidence, margin, entropy float32, depth int16, unsettled bool, and the votes winner, winner_votes,
@@ -47,10 +48,12 @@ def prediction_depth(
     schema's metadata under "probes" and "reductions", one a line.
 
     Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, fewer than
-    k bank points to choose from, and reductions that are unknown or do not fit the probes.
+    k bank points to choose from, reductions that are unknown or do not fit the probes, and a method that is not known
+    or whose package or GPU is missing.
     """
     if batch_size < 1:
         raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
+    usable_method(method)  # before the work of embedding, not after it
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model = model.to(device)

@@ -521,8 +521,8 @@ def test_winners_alone_need_less():
     bank = np.concatenate([random.standard_normal((500, 70)) + 4 * c for c in range(3)]).astype(np.float32)
     bank = np.round(bank * 2) / 2  # near ties
     labels = np.arange(1500) // 500
-    votes = leadline.knn_votes(bank, labels, bank, k=10, winners_only=True)
-    whole = leadline.knn_votes(bank, labels, bank, k=10)
+    votes = leadline.knn_votes(bank, labels + 2**31 - 3, bank, k=10, winners_only=True)
+    whole = leadline.knn_votes(bank, labels + 2**31 - 3, bank, k=10)
     np.testing.assert_array_equal(votes.winner, whole.winner)
     assert (votes.winner_votes == -1).all()
     assert (votes.runner_up == -1).all()

@@ -1,6 +1,23 @@
 """Bank and queries to votes."""
 
 from leadline.knn.exact import MEMORY, NOTHING, Bank, Cost
+from leadline.knn.indexes import Index, build_index, load_index, usable_method
+from leadline.knn.methods import Method, parse_method
 from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
-__all__ = ["MEMORY", "NOTHING", "Bank", "Cost", "Neighbours", "Votes", "count_votes", "knn_votes"]
+__all__ = [
+    "MEMORY",
+    "NOTHING",
+    "Bank",
+    "Cost",
+    "Index",
+    "Method",
+    "Neighbours",
+    "Votes",
+    "build_index",
+    "count_votes",
+    "knn_votes",
+    "load_index",
+    "parse_method",
+    "usable_method",
+]

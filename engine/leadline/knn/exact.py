@@ -71,7 +71,7 @@ class Bank:
         fits = is_in_memory(rows) or 8 * n_bank * width <= memory_budget
         self._step = n_bank if fits else max(kernels.BLOCK, memory_budget // (SHARE * 4 * width))
         self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * width))  # queries
-        self._centre, self._longest = self._survey()
+        self._centre, self._longest = survey(rows, self._step)
         self._scale = scale_of(self._longest)
         self._ready = [(0, *self._prepare(0))] if fits and self._device.type == "cpu" else None
         if self._ready:
@@ -92,12 +92,11 @@ class Bank:
         ascending in each query (the set is exact; its order is not by distance), and the Cost. With `winners_of` a set
         may hold rows just beyond the k nearest where they do not change the winner.
 
-        Raises LeadlineError for values that are not finite and for fewer than k rows to choose from.
+        Raises LeadlineError for values that are not finite, other widths, and fewer than k rows to choose from.
         """
         n_bank, n_queries = self._rows.shape[0], queries.shape[0]
-        n_excluded = 0 if exclude is None else int((exclude >= 0).any())
-        if n_bank - n_excluded < k:
-            raise LeadlineError(f"bank: {n_bank} rows are too few for k={k} neighbours; lower k or give more rows")
+        refuse_other_width(self._rows, queries)
+        refuse_too_few(n_bank, k, exclude)
         own = np.full(n_queries, -1) if exclude is None else exclude
         chosen, cost = np.empty((n_queries, k), np.int64), NOTHING
         with full_precision():
@@ -165,20 +164,6 @@ class Bank:
         in_float64 = np.result_type(queries, self._rows[:1]) == np.float64
         return error_of(queries.shape[1], in_float64, exact)
 
-    def _survey(self) -> tuple[Array, float]:
-        """About the mean, float64 [D], and the largest squared distance from it of all rows."""
-        centre, longest = np.zeros(self._rows.shape[1]), 0.0
-        for first in range(0, self._rows.shape[0], self._step):
-            tile = copied(self._rows, slice(first, first + self._step))
-            if first == 0:
-                centre = tile[:: len(tile) // SURVEYED + 1].mean(axis=0, dtype=np.float64)
-            squares = _square_lengths(tile, centre)
-            # A value that is not finite makes its row's length so, or all lengths by way of the centre.
-            if not np.isfinite(squares).all():
-                refuse_non_finite(tile, first, "bank row")
-            longest = max(longest, squares.max())
-        return centre, float(longest)
-
     def _prepare(self, first: int) -> tuple[Array, Screen]:
         tile = copied(self._rows, slice(first, first + self._step))
         with full_precision():
@@ -209,6 +194,39 @@ def _square_lengths(rows: Array, centre: Array) -> Array:
     squares = np.empty(len(rows))
     spread(lambda s: kernels.square_lengths(rows[s], centre, 1.0, squares[s]), len(rows))
     return squares
+
+
+def survey(rows: Rows, step: int) -> tuple[Array, float]:
+    """About the mean of the first `step` rows, float64 [D], and the largest squared distance from it of all rows.
+
+    Raises LeadlineError for values that are not finite.
+    """
+    centre, longest = np.zeros(rows.shape[1]), 0.0
+    for first in range(0, rows.shape[0], step):
+        tile = copied(rows, slice(first, first + step))
+        if first == 0:
+            centre = tile[:: len(tile) // SURVEYED + 1].mean(axis=0, dtype=np.float64)
+        squares = _square_lengths(tile, centre)
+        # A value that is not finite makes its row's length so, or all lengths by way of the centre.
+        if not np.isfinite(squares).all():
+            refuse_non_finite(tile, first, "bank row")
+        longest = max(longest, squares.max())
+    return centre, float(longest)
+
+
+def refuse_other_width(bank: Rows, queries: Rows) -> None:
+    """Raise LeadlineError where queries [Q, D] are not as wide as the bank."""
+    if queries.shape[1] != bank.shape[1]:
+        raise LeadlineError(
+            f"queries: rows of {queries.shape[1]} values, the bank's have {bank.shape[1]}; give both alike"
+        )
+
+
+def refuse_too_few(n_bank: int, k: int, exclude: Array | None) -> None:
+    """Raise LeadlineError where a query would have fewer than k of n_bank rows to choose from."""
+    n_excluded = 0 if exclude is None else int((exclude >= 0).any())
+    if n_bank - n_excluded < k:
+        raise LeadlineError(f"bank: {n_bank} rows are too few for k={k} neighbours; lower k or give more rows")
 
 
 def refuse_non_finite(rows: Array, first: int, what: str) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from leadline.knn import kernels
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
+from leadline.knn.threads import spread
 
 GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
 
@@ -41,6 +42,21 @@ def _gathered(bank: Rows, wanted: Array) -> tuple[Array, Array, Array]:
         return bank, np.arange(len(bank)), wanted
     row_ids, places = np.unique(wanted, return_inverse=True)
     return copied(bank, row_ids), row_ids, places.reshape(wanted.shape)
+
+
+def nearest_of(bank: Rows, queries: Array, candidates: Array, counts: Array, k: int) -> Array:
+    """The k nearest of each query's candidates by the exact distance, ties by lower row: int64 [Q, k], by distance.
+
+    candidates int64 [Q, n]: different bank rows in the first counts[i] >= k places; they are reordered.
+    """
+    every, none = np.arange(len(queries)), np.zeros(len(queries), np.int64)
+
+    def part(s: slice) -> None:
+        rank_doubtful(bank, queries, every[s], candidates, none, counts, k)
+
+    if len(queries):
+        spread(part, len(queries))
+    return candidates[:, :k]
 
 
 def _queries_at_once(candidates: int, width: int) -> int:

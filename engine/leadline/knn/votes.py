@@ -9,7 +9,9 @@ import torch
 
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array, Rows, Shards
-from leadline.knn.exact import MEMORY, Bank
+from leadline.knn.exact import MEMORY, Bank, refuse_other_width
+from leadline.knn.indexes import Index, build_index, usable_method
+from leadline.knn.rank import by_distance
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,19 @@ def knn_votes(
     bytes that the search may take beside arrays that lie in memory already; a bank that does not fit is read from its
     files a tile at a time.
 
-    Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, and fewer than
-    k bank rows to choose from.
+    method: "exact", or how approximate neighbours are found, as NAME or NAME:KEY=NUMBER,KEY=NUMBER: flat, ivf-flat,
+    ivf-pq, hnsw, hnsw-sq8 (faiss), hnswlib, and on a GPU gpu-flat, gpu-ivf-flat, cagra (faiss), with the parameters and
+    defaults of docs/decisions/0006-indexes.md. Each votes with k rows; only their choice is approximate. `device` and
+    `winners_only` then change nothing in the search, and the index is in memory beside `memory_budget`.
+
+    Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, fewer than k bank
+    rows to choose from, and a method that is not known or whose package or GPU is missing.
     """
-    if method != "exact":
-        raise LeadlineError(f"method: {method!r} is not known; allowed: exact")
+    chosen = usable_method(method)
     if device is None:
         device = bank.device if isinstance(bank, torch.Tensor) else "cpu"
     rows, asked = _matrix(bank, "bank"), _matrix(queries, "queries")
-    if rows.shape[1] != asked.shape[1]:
-        raise LeadlineError(
-            f"queries: rows of {asked.shape[1]} values, the bank's have {rows.shape[1]}; give both alike"
-        )
+    refuse_other_width(rows, asked)
     given = _integers(labels, "labels", rows.shape[0], "bank row")
     if len(given) and not 0 <= given.min() <= given.max() < 2**31:
         bad = int(np.flatnonzero((given < 0) | (given >= 2**31))[0])
@@ -129,20 +132,25 @@ def knn_votes(
     ks = [k] if isinstance(k, int) else list(k)
     if not ks or min(ks) < 1:
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
-    ready = Bank(rows, device, memory_budget)
+    ready: Bank | Index
+    if chosen.name == "exact":
+        ready = Bank(rows, device, memory_budget)
+    else:
+        ready = build_index(chosen, rows, memory_budget=memory_budget)
     if winners_only:
         if not isinstance(k, int) or return_neighbours:
             raise LeadlineError(
                 "winners_only: gives neither neighbours nor the votes of several k; ask for one k alone"
             )
-        nearest, _ = ready.search(asked, k, out, winners_of=given)
+        codes = np.unique(given, return_inverse=True)[1]
+        nearest, _ = ready.search(asked, k, out, codes) if isinstance(ready, Bank) else ready.search(asked, k, out)
         winner = count_votes(given[nearest]).winner
         unknown = np.full_like(winner, -1)
         return Votes(winner, unknown, unknown, unknown)
     nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
-        nearest, distances = ready.by_distance(asked, nearest)
+        nearest, distances = by_distance(rows, asked, nearest)
     votes = {}
     for n in ks:
         counted = count_votes(given[nearest[:, :n]])
