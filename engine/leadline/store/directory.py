@@ -17,6 +17,7 @@ scratch/                       embeddings of the members in flight (or elsewhere
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class RunDirectory:
     def free_indexes(self, member: str) -> None:
         """Remove the indexes of a member that is reduced."""
         shutil.rmtree(self.indexes / member, ignore_errors=True)
+        with suppress(OSError):
+            self.indexes.rmdir()  # of the last one
 
     def free_shared(self) -> None:
         """Remove what members share, once all of them are reduced."""
