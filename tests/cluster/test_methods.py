@@ -25,6 +25,7 @@ from leadline.knn.audit import draw
 from leadline.points import open_points
 from leadline.report import print_summary
 from leadline.store import RunDirectory
+from leadline.store.files import write_json
 from leadline.store.verify import verify
 
 pytest.importorskip("faiss")
@@ -219,6 +220,17 @@ def test_auto_takes_what_the_trial_measured(tmp_path, monkeypatch):
     records = [json.loads(directory.index_record(member.name, probe).read_text()) for probe in range(4)]
     assert [record["method"] for record in records] == ["exact", "flat", "exact", "flat"]
     assert all("exact is cheaper" in records[probe]["choice"] for probe in (0, 2))
+
+
+def test_auto_leaves_room_for_what_a_given_method_changes(tmp_path):
+    config = one_member(method={"hidden.0": COARSE, "hidden.1": "auto"}, audit={"sample": 500, "depth_agreement": 0.97})
+    bench, directory, (member,) = embedded(config, tmp_path)
+    for spent, expected in ((0, "flat"), (9, "exact")):
+        for probe, method, changed in ((1, COARSE, list(range(spent))), (2, "flat", [100, 101])):
+            option = {"method": method, "seconds": 1.0, "changed": changed}
+            write_json(directory.trial("mlp", probe), {"exact_seconds": 9.0, "options": [option]})
+        bench.index(directory, member, 2)
+        assert json.loads(directory.index_record(member.name, 2).read_text())["method"] == expected
 
 
 def test_a_damaged_index_is_found_by_its_fingerprint(tmp_path):
