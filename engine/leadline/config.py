@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from leadline.embedding.reductions import Choice, checked_choice, parse_reduction
 from leadline.errors import LeadlineError
+from leadline.knn import parse_method
 
 
 class Section(BaseModel):
@@ -195,6 +197,19 @@ class Engine(Section):
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"
     )
+    keep_indexes: bool = Field(
+        default=False, description="keep banks and indexes in the run, for the depths of new points"
+    )
+
+
+class Audit(Section):
+    """How the error of approximate votes is measured: a random sample of points is answered exactly too."""
+
+    sample: int = Field(default=1000, ge=1, description="points; all of them where there are fewer")
+    seed: int = Field(default=0, ge=0, description="of the sample")
+    depth_agreement: float | None = Field(
+        default=None, gt=0, lt=1, description="share of exact depths that `method: auto` must keep"
+    )
 
 
 class RunConfig(Section):
@@ -204,7 +219,12 @@ class RunConfig(Section):
     points: PointsConfig
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     k: int = Field(default=30, ge=1, description="neighbours that vote")
-    method: Literal["exact"] = "exact"
+    method: str | dict[str, str] = Field(
+        default="exact",
+        description="exact, an index as ivf-flat:nlist=1024,nprobe=32, or auto; or one of them for each pattern of "
+        "probe names (shell wildcards), and exact where none matches",
+    )
+    audit: Audit = Audit()
     votes: Literal["all", "until-decided"] = Field(
         default="all",
         description="until-decided: from the last probe down, a point's votes end where its depth is told",
@@ -227,12 +247,45 @@ class RunConfig(Section):
             raise ValueError("input: pca is fitted to each member, and the input is kept once for all; use jl or pool")
         return choice
 
+    @field_validator("method")
+    @classmethod
+    def _known_methods(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(value, str):
+            return _in_full(value)
+        return {pattern: _in_full(method) for pattern, method in value.items()}
+
+    @model_validator(mode="after")
+    def _auto_with_target(self) -> Self:
+        if ("auto" in self.methods) != (self.audit.depth_agreement is not None):
+            raise ValueError("method auto and audit.depth_agreement, which it must keep, go together")
+        return self
+
     @model_validator(mode="after")
     def _distinct_members(self) -> Self:
         names = [member.label for member in self.members]
         if len(set(names)) < len(names):
             raise ValueError("two entries of members have the same name: give each its own with `name`")
         return self
+
+    @property
+    def methods(self) -> set[str]:
+        """All methods that are named."""
+        return {self.method} if isinstance(self.method, str) else set(self.method.values())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every vote is, by the configuration alone."""
+        return self.methods <= {"exact"}
+
+    def method_of(self, probe: str) -> str:
+        """The method of a probe, by its name. Raises LeadlineError where two patterns match it."""
+        if isinstance(self.method, str):
+            return self.method
+        matching = [pattern for pattern in self.method if fnmatchcase(probe, pattern)]
+        if len(matching) > 1:
+            # Mappings have no order that a fingerprint keeps.
+            raise LeadlineError(f"method: probe {probe} matches {' and '.join(matching)}; let one pattern match it")
+        return self.method[matching[0]] if matching else "exact"
 
     def record(self) -> dict[str, Any]:
         """All that the results depend on, as plain JSON values: everything but workers, memory and scratch."""
@@ -244,6 +297,16 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """SHA-256 of `record`, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def _in_full(method: str) -> str:
+    """A method with all its parameters, so that one method has one text."""
+    if method == "auto":
+        return method
+    try:
+        return str(parse_method(method))
+    except LeadlineError as error:
+        raise ValueError(f"{str(error).removeprefix('method: ')}, or auto") from None
 
 
 def preset_names() -> list[str]:

@@ -1,14 +1,17 @@
-"""SQL over a run, and its tables as Arrow data sets."""
+"""SQL over a run, its tables as Arrow data sets, and depths of points that were not in it."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from leadline.errors import LeadlineError, one_line
+from leadline.new_points import KeptMember, as_rows
 from leadline.store import TABLES, RunDirectory
 
 
@@ -74,6 +77,29 @@ class Run:
                 return connection.sql(query).to_arrow_table()
             except duckdb.Error as error:
                 raise LeadlineError(f"query: {one_line(error)}") from None
+
+    def depth_of(
+        self, member: str, points: Any = None, *, embeddings: Sequence[Any] | None = None, predictions: Any = None
+    ) -> pa.Table:
+        """Prediction depths of Q new points in one member of a finished run that had `engine.keep_indexes: true`.
+
+        Give `points` [Q, ...], inputs as the run's own are read (scaled, resized, normalised alike), which go through
+        the member; or what the member says of them: `embeddings`, [Q, width] for every probe in order, and
+        `predictions` int [Q]. Every probe is searched by the method that the run searched it by. New points are in no
+        bank: nothing is left out of their neighbours.
+
+        Returns one row a point: prediction int32, depth int16, unsettled bool, and the votes winner, winner_votes,
+        runner_up, runner_up_votes, fixed-size lists of int32 over the probes. Raises LeadlineError for an unknown
+        member, a run that has kept no banks, sizes that do not agree, values that are not finite, and files whose
+        SHA-256 is not the manifest's.
+        """
+        kept = KeptMember(self.directory, self.manifest, member)
+        if (points is None) == (embeddings is None) or (embeddings is None) != (predictions is None):
+            raise LeadlineError("depth_of: give points, or embeddings and predictions")
+        if embeddings is None:
+            return kept.depths(*kept.embed(as_rows(points, "points")))
+        rows = [as_rows(values, f"embeddings[{i}]") for i, values in enumerate(embeddings)]
+        return kept.depths([values.reshape(len(values), -1) for values in rows], np.asarray(predictions))
 
     def _dataset(self, name: str) -> ds.Dataset:
         if not self.directory.table(name).exists():

@@ -1,5 +1,6 @@
 """A run from its configuration to its tables, on Ray."""
 
+import fnmatch
 import hashlib
 import platform
 import shutil
@@ -17,9 +18,10 @@ import ray
 import torch
 from rich.console import Console
 
+from leadline.cluster.common import CommonBank
 from leadline.cluster.pool import Pool, connected
 from leadline.cluster.progress import Stages
-from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
+from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -36,6 +38,8 @@ from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
 from leadline.store.tables import ROWS, read_table, write_table
 
 MEMORY = Path("/dev/shm")  # a file system in memory
+# Stages that only some runs have, and what their work is counted in: in the order of `_compute`, votes before the last.
+BESIDE = {"trial": "points", "index": "rows", "keep": "rows", "audit": "points"}
 SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
 
 
@@ -71,10 +75,7 @@ def run(
             _compute(config, directory, members, points, is_local, stages, stamps)
         directory.free_scratch()
         _combine(directory, members, points, config, stamps)
-        files = {
-            str(path.relative_to(directory.root)): digest(path) for path in sorted(directory.root.rglob("*.parquet"))
-        }
-        directory.complete(files, stages.report())
+        directory.complete(directory.digests(), stages.report())
     return open_run(directory.root)
 
 
@@ -96,6 +97,11 @@ def _check_members(config: RunConfig, points: Points) -> None:
         probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
         names += [probe.name for probe in probes]
     check_patterns(config.reduction, list(dict.fromkeys(names)))
+    for name in names:
+        config.method_of(name)
+    for pattern in config.method if isinstance(config.method, dict) else ():
+        if not fnmatch.filter(names, pattern):
+            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(dict.fromkeys(names))}")
 
 
 def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def _compute(
     n_points = len(points)
     n_shards = len(shard_edges(config, n_points))
     n_blocks = len(blocks(n_points, config.engine.query_block))
+    common = bank_of_all(config, points.parts)
     untrained = [m for m in members if not directory.record("train", m.name).exists()]
     waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
     pool = Pool(config.engine, (config, stamps))
@@ -164,13 +171,23 @@ def _compute(
         n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
         stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
         unshared: list[int] = []
-        if waiting and bank_of_all(config, points.parts).pays:
+        if waiting and common.pays:
             unshared = [block for block in range(n_blocks) if not directory.shared_cost(block).exists()]
             stages.plan("share", "points", n_blocks, n_blocks - len(unshared))
         stages.plan("vote", "votes", n_votes, n_votes - sum(len(step) for steps in votes for step in steps))
+        beside = {}
+        for stage, measure in BESIDE.items():
+            units = [_units_beside(stage, config, common, members, group, probes) for group in groups]
+            beside[stage] = [[unit for unit in of_group if not _is_done(placed, stage, *unit)] for of_group in units]
+            if any(units):
+                n_units = sum(map(len, units))
+                stages.plan(stage, measure, n_units, n_units - sum(map(len, beside[stage])))
         stages.plan("reduce", "points", len(members), len(members) - len(waiting))
-        for group, missing_shards, steps in zip(groups, shards, votes, strict=True):
+        for group, missing_shards, steps, *others in zip(groups, shards, votes, *beside.values(), strict=True):
             _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
+            tries, indexes, banks, audits = others
+            for stage, units in (("trial", tries), ("index", indexes), ("keep", banks)):
+                _do(pool, stages, stage, [(stage, (placed, *unit)) for unit in units])
             *earlier, last = steps
             for step in earlier:
                 _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in step])
@@ -179,19 +196,63 @@ def _compute(
                 _do(pool, stages, "share", [("share", (placed, group, block)) for block in unshared])
                 unshared = []
             _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in last])
+            _do(pool, stages, "audit", [("audit", (placed, *unit)) for unit in audits])
             _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
+            for member in group if not config.engine.keep_indexes else ():
+                placed.free_indexes(member.name)
             placed.free_scratch()
         # Also of members that an earlier try had reduced when it was killed.
         for member in members:
             placed.free_votes(member.name)
+            if not config.engine.keep_indexes:
+                placed.free_indexes(member.name)
         placed.free_shared()
         placed.free_scratch()
 
 
 def _do(pool: Pool, stages: Stages, stage: str, units: list[tuple[str, tuple[Any, ...]]]) -> None:
+    if not units:
+        return
     stages.start(stage)
     pool.run(units, lambda work: stages.advance(stage, work))
     stages.stop(stage)
+
+
+def _units_beside(
+    stage: str, config: RunConfig, common: CommonBank, members: list[Member], group: list[Member],
+    probes: dict[str, Any],
+) -> list[tuple[Member, int]]:  # fmt: skip
+    """Member and probe of the units of a group, in one of the stages that only some runs have."""
+    every = [(member, probe) for member in group for probe in probes[member.name]]
+    match stage:
+        case "trial":
+            # By the first member of each architecture, on behalf of all.
+            first = {member.architecture: member.name for member in reversed(members)}.values()
+            tried = [(m, p) for m, p in every if m.name in first and is_tried(config, common, p)]
+            chosen = tried if "auto" in config.methods else []
+        case "index":
+            chosen = [(m, p) for m, p in every if config.method_of(p["name"]) != "exact"]
+        case "keep":
+            # The input is the same for every member, and kept once.
+            chosen = [(m, p) for m, p in every if p["index"] or m == members[0]] if config.engine.keep_indexes else []
+        case _:
+            chosen = [] if config.is_exact else every
+    return [(member, probe["index"]) for member, probe in chosen]
+
+
+def _is_done(directory: RunDirectory, stage: str, member: Member, probe: int) -> bool:
+    match stage:
+        case "trial":
+            return directory.trial(member.architecture, probe).exists()
+        case "index":
+            record = directory.index_record(member.name, probe)
+            if not record.exists():
+                return False
+            return read_json(record)["method"] == "exact" or directory.index(member.name, probe).exists()
+        case "keep":
+            return directory.bank(member.name, probe).exists()
+        case _:
+            return directory.audit_record(member.name, probe).exists()
 
 
 def _missing_shards(directory: RunDirectory, group: list[Member], n_shards: int) -> list[int]:
@@ -266,7 +327,9 @@ def _combine(
     write_table(directory.table("probes"), PROBES, [pa.Table.from_pylist(rows, PROBES)], stamps)
     # A network may know classes that no point has: as many as its softmax is wide.
     n_classes = max(len(points.label_names), *(record["probes"][-1]["width"] for record in trained.values()))
-    write_table(directory.table("ensemble"), ENSEMBLE, _ensemble_tables(directory, members, points, n_classes), stamps)
+    errors = {name: record["audit"].get("depth_error_high", 0.0) for name, record in reduced.items()}
+    tables = _ensemble_tables(directory, members, points, n_classes, errors)
+    write_table(directory.table("ensemble"), ENSEMBLE, tables, stamps)
 
 
 def _member_row(member: Member, trained: dict[str, Any], reduced: dict[str, Any]) -> dict[str, Any]:
@@ -282,13 +345,14 @@ def _member_row(member: Member, trained: dict[str, Any], reduced: dict[str, Any]
         "n_probes": len(trained["probes"]),
         "training_steps": trained["steps"],
         "training_precision": trained["precision"],
+        **reduced["audit"],
     }
 
 
 def _probe_rows(
     config: RunConfig, member: Member, trained: dict[str, Any], reduced: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    for probe, cost in zip(trained["probes"], reduced["cost"], strict=True):
+    for probe, cost, record in zip(trained["probes"], reduced["cost"], reduced["probes"], strict=True):
         yield {
             "member": member.name,
             "architecture": member.architecture,
@@ -297,22 +361,23 @@ def _probe_rows(
             "width": probe["width"],
             "stored_width": stored_width(Probe(**probe)),
             "reduction": probe["reduction"],
-            "method": config.method,
             "k": config.k,
             "train_accuracy": reduced["probe_train_accuracy"][probe["index"]],
             "held_out_accuracy": reduced["probe_held_out_accuracy"][probe["index"]],
             **cost,
+            **record,
         }
 
 
 def _ensemble_tables(
-    directory: RunDirectory, members: list[Member], points: Points, n_classes: int
+    directory: RunDirectory, members: list[Member], points: Points, n_classes: int, errors: dict[str, float]
 ) -> Iterator[pa.Table]:
+    """errors: of each member's depths, see `MemberDepths`."""
     for architecture in dict.fromkeys(m.architecture for m in members):
-        paths = [directory.member_table("depths", m.name) for m in members if m.architecture == architecture]
+        own = [m for m in members if m.architecture == architecture]
         for group, (first, stop) in enumerate(blocks(len(points), ROWS)):
             labels = points.labels[first:stop]
-            columns = combine((_member_depths(path, group) for path in paths), labels, n_classes)
+            columns = combine((_member_depths(directory, m, group, errors[m.name]) for m in own), labels, n_classes)
             yield pa.table(
                 {
                     "architecture": pa.array([architecture] * (stop - first)),
@@ -323,9 +388,12 @@ def _ensemble_tables(
             ).select(ENSEMBLE.names)
 
 
-def _member_depths(path: Path, row_group: int) -> MemberDepths:
-    table = read_table(path, row_group)
-    return MemberDepths(**{field.name: table[field.name].to_numpy() for field in fields(MemberDepths)})
+def _member_depths(directory: RunDirectory, member: Member, row_group: int, error: float) -> MemberDepths:
+    table = read_table(directory.member_table("depths", member.name), row_group)
+    arrays = {
+        field.name: table[field.name].to_numpy() for field in fields(MemberDepths) if field.name in table.schema.names
+    }
+    return MemberDepths(**arrays, depth_error=error)
 
 
 def _nullable(values: Array) -> pa.Array:

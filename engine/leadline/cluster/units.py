@@ -4,9 +4,9 @@ A bench does units of one run in one process. It knows nothing of Ray: `pool` pu
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from leadline.embedding import embed_batch, fit_directions
 from leadline.embedding.principal import load_directions, save_directions
 from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers, stored_width
 from leadline.errors import LeadlineError
-from leadline.knn import NOTHING, Bank, Cost, Votes, count_votes
+from leadline.knn import NOTHING, Bank, Cost, Index, Votes, build_index, count_votes, load_index, parse_method
 from leadline.knn.arrays import Array, Shards
+from leadline.knn.audit import audit_depths, draw, interval, recall_at_k
+from leadline.knn.choice import Choice, Option, Trial, candidates, choose
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import path_of_seed, training_ids
@@ -30,13 +32,14 @@ from leadline.members.train import resolve_precision, train
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.points import open_points
 from leadline.store import RunDirectory
-from leadline.store.files import digest, read_json, replacing, write_json
+from leadline.store.files import check, digest, read_json, replacing, write_json
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
-from leadline.store.tables import ROWS, write_table
+from leadline.store.tables import ROWS, open_table, write_table
 
 VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
 _Network = tuple[torch.nn.Module, list[Probe], list[Reducer]]
 Spent = dict[str, Any]  # the fields of a Cost, and the bank's plan
+SHARED = "exact: the members of the run share the search of the input"
 OUTPUTS = np.dtype([("prediction", np.int32), *((field, np.float32) for field in OUTPUT_FIELDS[1:])])
 
 
@@ -65,9 +68,18 @@ def list_members(config: RunConfig) -> list[Member]:
 
 
 def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
-    """The common bank of a run's members (see `common_bank`); parts: [N], the points'."""
+    """The common bank of a run's members (see `common_bank`); parts: [N], the points'.
+
+    It does not pay where the input is not searched exactly: what members take from it would not be their own.
+    """
     splits = (training_ids(member.config.split, parts, member.seed) for member in list_members(config))
-    return common_bank(splits, len(parts), config.k, config.leave_one_out)
+    common = common_bank(splits, len(parts), config.k, config.leave_one_out)
+    return replace(common, pays=common.pays and config.method_of("input") in ("exact", "auto"))
+
+
+def is_tried(config: RunConfig, common: CommonBank, probe: Mapping[str, Any]) -> bool:
+    """Whether methods of a probe are tried, so that `auto` may choose: its own, or one beside it."""
+    return config.method_of(probe["name"]) != "exact" and not (probe["index"] == 0 and common.pays)
 
 
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -93,7 +105,9 @@ class Bench:
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
         self.common = bank_of_all(config, self.points.parts)
-        self._ready: tuple[tuple[str, int], Bank] | None = None
+        # What is audited, and what methods are tried on.
+        self.sample, self.tried = draw(len(self.points), config.audit.sample, config.audit.seed)
+        self._ready: tuple[tuple[str, int], Bank | Index] | None = None
         self._networks: dict[str, _Network] = {}
 
     def train(self, directory: RunDirectory, member: Member) -> int:
@@ -180,6 +194,89 @@ class Bench:
                 _save(beside, out)
         return (stop - first) * len(members)
 
+    def trial(self, directory: RunDirectory, member: Member, probe: int) -> int:
+        """Measure the methods that a probe may have, beside exact search, on a sample. Returns the sample's points.
+
+        Stored for the architecture: which method pays is the same for all its members, or nearly so.
+        """
+        bank_ids = self._training_ids(member)
+        rows, queries, own = self._question(directory, member.name, probe, bank_ids, self.tried)
+        said = self._outputs(directory, member)[self.tried]["prediction"]
+
+        def measured(method: str) -> tuple[float, float, Array]:
+            """Seconds to make ready, seconds for all points, and where the sample's votes are the prediction."""
+            started = time.perf_counter()
+            search = self._bank(rows) if method == "exact" else self._built(method, rows)
+            ready = time.perf_counter() - started
+            started = time.perf_counter()
+            found, _ = search.search(queries, self.config.k, own)
+            seconds = time.perf_counter() - started
+            winner = count_votes(self.points.labels[bank_ids[found]]).winner
+            return ready, seconds * len(self.points) / len(queries), winner == said
+
+        measured("exact")  # compiles
+        ready, seconds, exact = measured("exact")
+        exact_seconds, options = ready + seconds, []
+        method = self.config.method_of(self._probes(directory, member)[probe]["name"])
+        for option in candidates(len(bank_ids)) if method == "auto" else [method]:
+            ready, seconds, votes = measured(option)
+            changed = np.flatnonzero(votes != exact).tolist()
+            options.append({"method": option, "seconds": ready + seconds, "changed": changed})
+            if ready > exact_seconds:
+                break  # the others take as long to build
+        record = {"exact_seconds": exact_seconds, "options": options}
+        write_json(directory.trial(member.architecture, probe), record)
+        return len(queries)
+
+    def index(self, directory: RunDirectory, member: Member, probe: int) -> int:
+        """Settle the method of a probe, and save its index where it is not exact. Returns the rows of the bank."""
+        choice = self._choice(directory, member, probe)
+        record: dict[str, Any] = {"method": choice.method, "choice": choice.why or None}
+        bank_ids = self._training_ids(member)
+        if choice.method != "exact":
+            started = time.perf_counter()
+            path = directory.index(member.name, probe)
+            built = self._built(choice.method, self._rows(directory, member.name, probe, bank_ids))
+            built.save(path)
+            record |= {"index_bytes": built.size_bytes, "build_seconds": time.perf_counter() - started}
+            record["sha256"] = digest(path)
+        write_json(directory.index_record(member.name, probe), record)
+        return len(bank_ids)
+
+    def keep(self, directory: RunDirectory, member: Member, probe: int) -> int:
+        """Keep the rows of a member's bank in the run; at the input those of all points. Returns their number."""
+        ids = np.arange(len(self.points)) if probe == 0 else self._training_ids(member)
+        rows = self._rows(directory, member.name, probe, ids)
+        with replacing(directory.bank(member.name, probe)) as beside:
+            kept = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=rows.shape)
+            for first, stop in blocks(len(ids), self.config.engine.query_block):
+                kept[first:stop] = rows[first:stop]
+            kept.flush()
+        return len(ids)
+
+    def _choice(self, directory: RunDirectory, member: Member, probe: int) -> Choice:
+        """The method of a probe, and why, where `auto` took it: the same whenever it is asked for."""
+        probes = self._probes(directory, member)
+        given = {own["index"]: self.config.method_of(own["name"]) for own in probes}
+        if given[probe] != "auto":
+            return Choice(given[probe], "")
+        if not is_tried(self.config, self.common, probes[probe]):
+            return Choice("exact", SHARED)
+        changed, trials = np.zeros(len(self.tried), bool), {}
+        for own in probes:
+            if is_tried(self.config, self.common, own):
+                record = read_json(directory.trial(member.architecture, own["index"]))
+                options = [
+                    Option(option["method"], option["seconds"], _mask(option["changed"], len(self.tried)))
+                    for option in record["options"]
+                ]
+                if given[own["index"]] == "auto":
+                    trials[own["index"]] = Trial(record["exact_seconds"], options)
+                else:
+                    changed |= options[0].changed
+        assert self.config.audit.depth_agreement is not None  # the configuration has it wherever it has `auto`
+        return choose(trials, self.config.audit.depth_agreement, changed)[probe]
+
     def share(self, directory: RunDirectory, members: Sequence[Member], block: int) -> int:
         """The common neighbours, at the input, of the points of a block that any of the members is asked for.
 
@@ -189,9 +286,10 @@ class Bench:
         asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
         rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
         if len(asked):
-            inputs = [directory.embedding("input", 0, shard) for shard in range(len(self.shards))]
-            bank = self._bank("input", 0, _mapped(inputs, self.common.ids))
-            rows, _ = bank.by_distance(_mapped(inputs)[asked], rows)
+            every = self._rows(directory, "input", 0, np.arange(len(self.points)))
+            bank = self._search_of(directory, "input", 0, self._rows(directory, "input", 0, self.common.ids))
+            assert isinstance(bank, Bank)  # there is no index of the common bank
+            rows, _ = bank.by_distance(every[asked], rows)
         shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
         shared["point_id"], shared["neighbours"] = asked, self.common.ids[rows]
         with replacing(directory.shared(block)) as beside:
@@ -211,6 +309,8 @@ class Bench:
             neighbours, cost = self._among_shared(directory, member, block, asked)
         else:
             neighbours, cost = self._among_own(directory, member, probe, asked)
+        if self._method(directory, member, probe) != "exact":
+            self._save_sampled(directory.sampled(member.name, probe, block), asked, neighbours)
         votes = count_votes(self.points.labels[neighbours])
         part = np.empty(len(asked), VOTES)
         part["point_id"] = asked
@@ -222,10 +322,69 @@ class Bench:
         write_json(directory.votes_cost(member.name, probe, block), {**cost, "seconds": seconds})
         return len(asked)
 
+    def audit(self, directory: RunDirectory, member: Member, probe: int) -> int:
+        """Exact votes of the sample at one probe, and what the run's own are beside them. Returns the sample's points.
+
+        Where the probe is exact, its votes are taken as they are, and only those made that `votes: until-decided` left
+        out, since an approximate vote at a later probe may have done so wrongly.
+        """
+        n_probes = len(self._probes(directory, member))
+        methods = [self._method(directory, member, other) for other in range(n_probes)]
+        if set(methods) == {"exact"}:
+            write_json(directory.audit_record(member.name, probe), {})
+            return 0
+        part = np.concatenate([_load(path) for path in self._blocks(directory.votes_part, member, probe)])
+        place = places(part["point_id"], self.sample)
+        voted = place >= 0
+        winner = np.full(len(self.sample), -1, np.int32)
+        winner[voted] = part["winner"][place[voted]]
+        is_exact = methods[probe] == "exact"
+        exact, asked = winner.copy(), self.sample[~voted] if is_exact else self.sample
+        neighbours = self._exact_neighbours(directory, member, probe, asked)
+        exact[~voted if is_exact else slice(None)] = count_votes(self.points.labels[neighbours]).winner
+        record: dict[str, Any] = {}
+        if not is_exact:
+            record["audit_sample"] = int(voted.sum())
+        if not is_exact and voted.any():
+            sampled = np.concatenate([_load(path) for path in self._blocks(directory.sampled, member, probe)])
+            recall = recall_at_k(sampled["neighbours"], neighbours[voted])
+            record |= interval(recall).columns("recall")
+            record |= interval(winner[voted] == exact[voted]).columns("vote_agreement")
+        with replacing(directory.audited(member.name, probe)) as beside:
+            _save(beside, exact)
+        write_json(directory.audit_record(member.name, probe), record)
+        return len(self.sample)
+
+    def _method(self, directory: RunDirectory, member: Member, probe: int) -> str:
+        """The method by which the run searches a probe."""
+        return str((self._index_record(directory, member.name, probe) or {"method": "exact"})["method"])
+
+    def _blocks(self, path: Callable[[str, int, int], Path], member: Member, probe: int) -> list[Path]:
+        """The files of a probe's query blocks, in order."""
+        return [path(member.name, probe, block) for block in range(len(self.query_blocks))]
+
+    def _exact_neighbours(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> Array:
+        """Ids of the k nearest points of a member's own bank, [Q, k], whatever the method."""
+        bank_ids = self._training_ids(member)
+        if not len(asked):
+            return np.empty((0, self.config.k), np.int64)
+        rows, queries, own = self._question(directory, member.name, probe, bank_ids, asked)
+        found, _ = self._bank(rows).search(queries, self.config.k, own)
+        return bank_ids[found]
+
+    def _save_sampled(self, path: Path, asked: Array, neighbours: Array) -> None:
+        """Keep what the run found for the points that are audited: the audit is of just these votes."""
+        place = places(asked, self.sample)
+        place = place[place >= 0]
+        sampled = np.empty(len(place), [("point_id", np.int64), ("neighbours", np.int64, (self.config.k,))])
+        sampled["point_id"], sampled["neighbours"] = asked[place], neighbours[place]
+        with replacing(path) as beside:
+            _save(beside, sampled)
+
     def _open_points(self, directory: RunDirectory, member: Member, probe: int, block: int) -> Array:
         """Ids of the points of a block that a probe is asked for: all of them, or those that no later probe decided."""
         first, stop = self.query_blocks[block]
-        last = len(read_json(directory.record("train", member.name))["probes"]) - 1
+        last = len(self._probes(directory, member)) - 1
         if self.config.votes == "all" or probe == last:
             return np.arange(first, stop)
         later = _load(directory.votes_part(member.name, probe + 1, block))
@@ -261,11 +420,24 @@ class Bench:
         if not len(asked):
             # The bank need not be made ready.
             return np.empty((0, k), np.int64), {**asdict(NOTHING), "plan": None}
-        paths = [directory.embedding(owner, probe, shard) for shard in range(len(self.shards))]
+        bank, queries, own = self._question(directory, owner, probe, bank_ids, asked)
+        search = self._search_of(directory, owner, probe, bank)
+        rows, cost = search.search(queries, k, own)
+        return rows, {**asdict(cost), "plan": search.plan}
+
+    def _question(
+        self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array
+    ) -> tuple[Shards, Array, Array | None]:
+        """Rows of a bank, queries [Q, width], and the row that each must not count."""
         own = places(bank_ids, asked) if self.config.leave_one_out else None
-        bank = self._bank(owner, probe, _mapped(paths, bank_ids))
-        rows, cost = bank.search(_mapped(paths)[asked], k, own)
-        return rows, {**asdict(cost), "plan": bank.plan}
+        every = np.arange(len(self.points))
+        return (
+            self._rows(directory, owner, probe, bank_ids), self._rows(directory, owner, probe, every)[asked], own,
+        )  # fmt: skip
+
+    def _rows(self, directory: RunDirectory, owner: str, probe: int, ids: Array) -> Shards:
+        """The embeddings of some points, which are mapped and not read."""
+        return _mapped([directory.embedding(owner, probe, shard) for shard in range(len(self.shards))], ids)
 
     def reduce(self, directory: RunDirectory, member: Member) -> int:
         """Join a member's votes to its tables of votes and depths. Returns the number of its points."""
@@ -286,8 +458,7 @@ class Bench:
         )
         every_block = range(len(self.query_blocks))
         costs = [
-            [read_json(directory.votes_cost(member.name, probe, block)) for block in every_block]
-            for probe in range(n_probes)
+            [read_json(path) for path in self._blocks(directory.votes_cost, member, probe)] for probe in range(n_probes)
         ]
         if self.common.pays and member == list_members(self.config)[0]:
             costs[0] += [read_json(directory.shared_cost(block)) for block in every_block]
@@ -303,9 +474,36 @@ class Bench:
                     for probe in costs
                 ],
                 "vote_seconds": [sum(cost["seconds"] for cost in probe) for probe in costs],
+                "build_seconds": [
+                    (self._index_record(directory, member.name, probe) or {}).get("build_seconds", 0.0)
+                    for probe in range(n_probes)
+                ],
+                "probes": [self._probe_record(directory, member, probe) for probe in range(n_probes)],
+                "audit": self._depth_audit(directory, member, n_probes),
             },
         )
         return len(self.points)
+
+    def _probe_record(self, directory: RunDirectory, member: Member, probe: int) -> dict[str, Any]:
+        """Method of a probe, its index, and the audit of its votes, as the table of probes has them."""
+        index = self._index_record(directory, member.name, probe) or {"method": "exact"}
+        audit = directory.audit_record(member.name, probe)
+        return {
+            **{column: index[column] for column in ("method", "choice", "index_bytes") if column in index},
+            **(read_json(audit) if audit.exists() else {}),
+        }
+
+    def _depth_audit(self, directory: RunDirectory, member: Member, n_probes: int) -> dict[str, Any]:
+        """The audit of a member's depths; nothing where its votes are exact."""
+        paths = [directory.audited(member.name, probe) for probe in range(n_probes)]
+        if not paths[0].exists():
+            return {}
+        said = self._outputs(directory, member)[self.sample]["prediction"]
+        exact = depth_from_votes(np.stack([_load(path) for path in paths], axis=1), said)
+        with open_table(directory.member_table("depths", member.name)) as table:
+            depths = table.read(["depth"])["depth"].to_numpy()[self.sample]
+        agreement, error = audit_depths(depths, exact, n_probes)
+        return {"audit_sample": len(exact), **agreement.columns("depth_agreement"), **error.columns("depth_error")}
 
     def _vote_tables(self, directory: RunDirectory, member: Member, n_probes: int) -> Iterator[pa.Table]:
         for first, stop in blocks(len(self.points), ROWS):
@@ -359,12 +557,39 @@ class Bench:
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
 
-    def _bank(self, owner: str, probe: int, rows: Shards) -> Bank:
-        """The bank of a probe, made ready once for all blocks that come one after another."""
+    def _search_of(self, directory: RunDirectory, owner: str, probe: int, rows: Shards) -> Bank | Index:
+        """What a probe is searched by, made ready once for all blocks that come one after another."""
         if self._ready is None or self._ready[0] != (owner, probe):
-            self._ready = None  # two banks are never in memory together
-            self._ready = ((owner, probe), Bank(rows, self.device, self.config.engine.memory_budget))
+            self._ready = None  # those of two probes are never in memory together
+            self._ready = ((owner, probe), self._index(directory, owner, probe, rows) or self._bank(rows))
         return self._ready[1]
+
+    def _bank(self, rows: Shards) -> Bank:
+        return Bank(rows, self.device, self.config.engine.memory_budget)
+
+    def _built(self, method: str, rows: Shards) -> Index:
+        engine = self.config.engine
+        return build_index(parse_method(method), rows, threads=engine.threads, memory_budget=engine.memory_budget)
+
+    def _index(self, directory: RunDirectory, owner: str, probe: int, rows: Shards) -> Index | None:
+        """The index that was saved for a bank, None where the method is exact; LeadlineError if damaged."""
+        record = self._index_record(directory, owner, probe)
+        if not record or record["method"] == "exact":
+            return None
+        path, engine = directory.index(owner, probe), self.config.engine
+        check(path, record["sha256"])
+        return load_index(path, rows, threads=engine.threads, memory_budget=engine.memory_budget)
+
+    @staticmethod
+    def _index_record(directory: RunDirectory, owner: str, probe: int) -> dict[str, Any] | None:
+        """What the unit of indexing left; None in an exact run, and for the common bank."""
+        path = directory.index_record(owner, probe)
+        return read_json(path) if path.exists() else None
+
+    @staticmethod
+    def _probes(directory: RunDirectory, member: Member) -> list[dict[str, Any]]:
+        probes: list[dict[str, Any]] = read_json(directory.record("train", member.name))["probes"]
+        return probes
 
     def _network(self, directory: RunDirectory, member: Member) -> _Network:
         """A member with its stored weights, kept for the next shard; networks of another group are dropped."""
@@ -437,6 +662,13 @@ class _Tally:
 def places(ids: Array, wanted: Array) -> Array:
     """Where each wanted id lies in ascending ids, -1 where it does not; int64, as long as `wanted`."""
     return np.where(np.isin(wanted, ids), np.searchsorted(ids, wanted), -1)
+
+
+def _mask(places: Sequence[int], n: int) -> Array:
+    """bool [n], true at these places."""
+    mask = np.zeros(n, bool)
+    mask[list(places)] = True
+    return mask
 
 
 def _load(path: Path) -> Array:

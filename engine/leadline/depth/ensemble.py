@@ -11,7 +11,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class MemberDepths:
-    """One member's answers for N points, arrays [N] as in the table of depths."""
+    """One member's answers for N points, arrays [N] as in the table of depths.
+
+    depth_error: how far its depths may be from exact ones, in the mean; 0 where its votes are exact.
+    """
 
     in_training: Array
     prediction: Array
@@ -20,10 +23,11 @@ class MemberDepths:
     entropy: Array
     depth: Array
     unsettled: Array
+    depth_error: float = 0.0
 
 
 class _Moments:
-    """Counts, sums and squares of one quantity over members, by point. Depths are small integers: sums are exact."""
+    """Counts, sums and squares of one quantity over members, by point. Sums of depths, small integers, are exact."""
 
     def __init__(self, n_points: int) -> None:
         self.count = np.zeros(n_points, np.int32)
@@ -56,10 +60,13 @@ def combine(members: Iterable[MemberDepths], labels: Array, n_classes: int) -> d
     int32; consensus_class int32, the class that most members give the point held out (ties to the lower; -1: none);
     consensus_consistency float64, the share of them that give it; held_out_accuracy float64, the share of them that
     give its label; mean_confidence_held_out, mean_margin_held_out, mean_entropy_held_out float64, means over the
-    members that hold it out of each network's own value (not the entropy of the mean softmax). Definitions: PAPER.
+    members that hold it out of each network's own value (not the entropy of the mean softmax); depth_error_training,
+    depth_error_held_out float64, error bars of the mean depths: the mean of depth_error over the same members, which
+    the error of the mean is not above, since errors of different sign only cancel. Definitions: PAPER.
     """
     n_points = len(labels)
     training, held_out = _Moments(n_points), _Moments(n_points)
+    error_training, error_held_out = _Moments(n_points), _Moments(n_points)
     unsettled_training = np.zeros(n_points, np.int32)
     unsettled_held_out = np.zeros(n_points, np.int32)
     votes = np.zeros((n_points, n_classes), np.int32)
@@ -69,6 +76,8 @@ def combine(members: Iterable[MemberDepths], labels: Array, n_classes: int) -> d
         inside, outside = member.in_training, ~member.in_training
         training.add(member.depth, inside)
         held_out.add(member.depth, outside)
+        error_training.add(np.full(n_points, member.depth_error), inside)
+        error_held_out.add(np.full(n_points, member.depth_error), outside)
         unsettled_training += member.unsettled & inside
         unsettled_held_out += member.unsettled & outside
         votes[every, member.prediction] += outside
@@ -92,4 +101,6 @@ def combine(members: Iterable[MemberDepths], labels: Array, n_classes: int) -> d
         "mean_confidence_held_out": outputs["confidence"].mean(),
         "mean_margin_held_out": outputs["margin"].mean(),
         "mean_entropy_held_out": outputs["entropy"].mean(),
+        "depth_error_training": error_training.mean(),
+        "depth_error_held_out": error_held_out.mean(),
     }

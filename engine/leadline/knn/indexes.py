@@ -34,13 +34,13 @@ SPARE = 32  # candidates beyond k: float32 may put neighbours of nearly equal di
 class Index:
     """A bank's rows, and an index that proposes neighbours among them: searched as a `Bank` is, but not exactly.
 
-    Made by `build_index` and `load_index`. method: its text with all parameters; n_bank, width: of the rows;
-    size_bytes: of the index when it is saved.
+    Made by `build_index` and `load_index`. method: its text with all parameters, which is also its plan, as a Bank has
+    one; n_bank, width: of the rows; size_bytes: of the index when it is saved.
     """
 
     def __init__(self, method: Method, bank: Placed, engine: Engine, memory_budget: int) -> None:
         self._method, self._bank, self._engine, self._memory_budget = method, bank, engine, memory_budget
-        self.method = str(method)
+        self.method = self.plan = str(method)
         self.n_bank, self.width = bank.rows.shape
 
     @cached_property

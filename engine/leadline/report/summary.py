@@ -16,10 +16,13 @@ BAR = 24  # characters of the longest bar of a histogram
 def print_summary(run: Run, console: Console, settled_only: bool = False) -> None:
     """Probe accuracy by layer, histogram of depths, held-out accuracy at each depth, and the ten hardest points.
 
+    Where votes are approximate, also how far they and the depths are from exact ones; and what `auto` chose, and why.
+
     settled_only leaves out the points of a member whose softmax probe disagrees with its own prediction.
     """
     for architecture in _column(run.sql("SELECT DISTINCT architecture FROM members ORDER BY architecture")):
         console.print(_probe_table(run, architecture))
+        _print_methods(run, architecture, console)
         console.print(_depth_table(run, architecture, settled_only))
         title = f"{architecture}: the hardest points (by mean depth, held out)"
         points = hardest(run, 10, architecture=architecture, settled_only=settled_only)
@@ -88,6 +91,35 @@ def _probe_table(run: Run, architecture: str) -> Table:
     drawn.add_section()
     drawn.add_row("", "the network itself", "", *(_shown(value) for value in network.values()))
     return drawn
+
+
+def _print_methods(run: Run, architecture: str, console: Console) -> None:
+    """Methods, choices and audits; nothing where all votes are exact as a matter of course."""
+    of_it = f"FROM probes WHERE architecture = {_text(architecture)}"
+    if _column(run.sql(f"SELECT bool_and(method = 'exact' AND choice IS NULL) {of_it}")) == [True]:
+        return
+    rows = run.sql(f"""
+        SELECT probe, name, string_agg(DISTINCT method, ' ') AS method, avg(recall) AS recall,
+            min(recall_low) AS "low end", avg(vote_agreement) AS votes, min(vote_agreement_low) AS "low end "
+        {of_it} GROUP BY probe, name ORDER BY probe
+    """)
+    console.print(
+        as_table(rows, f"{architecture}: recall of neighbours and agreement of votes, 95 % intervals, all members")
+    )
+    for row in run.sql(f"SELECT DISTINCT probe, choice {of_it} AND choice IS NOT NULL ORDER BY probe").to_pylist():
+        console.print(f"  probe {row['probe']}: {row['choice']}", markup=False, highlight=False, soft_wrap=True)
+    audited = run.sql(f"""
+        SELECT count(*) AS n, avg(depth_agreement) AS agreement, min(depth_agreement_low) AS low,
+            avg(depth_error) AS error, max(depth_error_high) AS high, any_value(audit_sample) AS sample
+        FROM members WHERE architecture = {_text(architecture)} AND audit_sample IS NOT NULL
+    """).to_pylist()[0]
+    if audited["n"]:
+        console.print(
+            f"  depths of {audited['n']} members beside exact ones, on {audited['sample']} points of each: "
+            f"{audited['agreement']:.4f} agree (low end {audited['low']:.4f}), "
+            f"mean error {audited['error']:.4f} layers (high end {audited['high']:.4f})",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _mean_of_all(column: str) -> str:

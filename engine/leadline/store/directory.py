@@ -8,16 +8,22 @@ directions/M.safetensors       of the probes that are reduced by pca, where ther
 units/train/M.json             records of finished units; a unit without its record is done again
 units/vote/M/PPP-BBBBB.npy     computed votes of one probe and query block, until the member is reduced
 units/share/BBBBB.npy          neighbours at the input that all members share, until all are reduced
+units/trial/A/PPP.json         what a trial of methods measured in an architecture, until all are reduced
+units/index/M/PPP.json         method of a probe, and fingerprint of its index, until the member is reduced
+units/audit/M/PPP.npy          exact votes of the audited points, until the member is reduced
 units/reduce/M.json
+indexes/M/PPP.index            of approximate probes; kept where the configuration says so, with
+indexes/M/PPP.npy              the rows of every bank, and indexes/input/000.npy the input of all points
 scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from leadline.errors import LeadlineError
-from leadline.store.files import PART, read_json, write_json
+from leadline.store.files import PART, digest, read_json, write_json
 
 BY_MEMBER = ("depths", "votes")
 TABLES = ("points", "members", "probes", "ensemble", *BY_MEMBER)
@@ -64,6 +70,37 @@ class RunDirectory:
         """Record of a finished unit of voting: written after its votes."""
         return self.votes_part(member, probe, block).with_suffix(".json")
 
+    def sampled(self, member: str, probe: int, block: int) -> Path:
+        """Neighbours of the audited points among a unit's, as the run found them."""
+        return self.votes_part(member, probe, block).with_suffix(".sample.npy")
+
+    def trial(self, architecture: str, probe: int) -> Path:
+        """Record of a finished trial of methods."""
+        return self.root / "units" / "trial" / architecture / f"{probe:03d}.json"
+
+    def index_record(self, member: str, probe: int) -> Path:
+        """Record of a finished unit of indexing: written after the index, where there is one."""
+        return self.root / "units" / "index" / member / f"{probe:03d}.json"
+
+    def index(self, member: str, probe: int) -> Path:
+        return self.indexes / member / f"{probe:03d}.index"
+
+    def bank(self, member: str, probe: int) -> Path:
+        """Kept rows of a member's bank; at the input, of all points for all members."""
+        return self.indexes / ("input" if probe == 0 else member) / f"{probe:03d}.npy"
+
+    @property
+    def indexes(self) -> Path:
+        return self.root / "indexes"
+
+    def audited(self, member: str, probe: int) -> Path:
+        """Exact winners of the audited points."""
+        return self.root / "units" / "audit" / member / f"{probe:03d}.npy"
+
+    def audit_record(self, member: str, probe: int) -> Path:
+        """Record of a finished unit of the audit: written after its winners."""
+        return self.audited(member, probe).with_suffix(".json")
+
     def shared(self, block: int) -> Path:
         """Common neighbours of a query block at the input."""
         return self.root / "units" / "share" / f"{block:05d}.npy"
@@ -82,12 +119,20 @@ class RunDirectory:
         return self.scratch / member / f"outputs-{shard:05d}.npy"
 
     def free_votes(self, member: str) -> None:
-        """Remove the units of voting of a member that is reduced."""
-        shutil.rmtree(self.root / "units" / "vote" / member, ignore_errors=True)
+        """Remove the units of voting, indexing and audit of a member that is reduced."""
+        for stage in ("vote", "index", "audit"):
+            shutil.rmtree(self.root / "units" / stage / member, ignore_errors=True)
+
+    def free_indexes(self, member: str) -> None:
+        """Remove the indexes of a member that is reduced."""
+        shutil.rmtree(self.indexes / member, ignore_errors=True)
+        with suppress(OSError):
+            self.indexes.rmdir()  # of the last one
 
     def free_shared(self) -> None:
         """Remove what members share, once all of them are reduced."""
-        shutil.rmtree(self.root / "units" / "share", ignore_errors=True)
+        for stage in ("share", "trial"):
+            shutil.rmtree(self.root / "units" / stage, ignore_errors=True)
 
     def free_scratch(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -120,8 +165,15 @@ class RunDirectory:
             )
         return before.get("status") == "complete"
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the finished tables, and of the banks and indexes that are kept, by path inside the run."""
+        kept = [path for path in self.indexes.rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(self.root)): digest(path) for path in sorted([*self.root.rglob("*.parquet"), *kept])
+        }
+
     def complete(self, files: dict[str, str], stages: dict[str, Any]) -> None:
-        """Record the digests of the finished tables (paths relative to the run) and what the stages took."""
+        """Record the digests of the finished files, and what the stages took."""
         write_json(self.manifest_path, {**self.read_manifest(), "status": "complete", "files": files, "stages": stages})
 
 

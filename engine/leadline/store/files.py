@@ -54,6 +54,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check(path: Path, sha256: str) -> None:
+    """Raises LeadlineError for a file that is not there, or is another than the one with this digest."""
+    if not path.is_file() or digest(path) != sha256:
+        raise LeadlineError(
+            f"{path}: missing, damaged or changed (its SHA-256 is not the recorded one); restore it, or delete it and "
+            "run the same command again"
+        )
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises LeadlineError where it cannot be read."""
     try:

@@ -9,6 +9,11 @@ import pyarrow as pa
 from leadline.knn import Cost, Votes
 
 VOTE_FIELDS = ("winner", "winner_votes", "runner_up", "runner_up_votes")  # of `leadline.Votes`
+AUDIT_FIELDS = ("recall", "recall_low", "recall_high", "vote_agreement", "vote_agreement_low", "vote_agreement_high")
+ERROR_FIELDS = (
+    "depth_agreement", "depth_agreement_low", "depth_agreement_high",
+    "depth_error", "depth_error_low", "depth_error_high",
+)  # fmt: skip
 OUTPUT_FIELDS = ("prediction", "confidence", "margin", "entropy")
 
 POINTS = pa.schema(
@@ -35,6 +40,11 @@ MEMBERS = pa.schema(
         ("n_probes", pa.int16()),
         ("training_steps", pa.int64()),  # null where the weights were given
         ("training_precision", pa.string()),
+        (
+            "audit_sample",
+            pa.int64(),
+        ),  # points whose depth was told exactly too; null, as the error, if all votes are exact
+        *((field, pa.float64()) for field in ERROR_FIELDS),
     ]
 )
 
@@ -54,6 +64,10 @@ PROBES = pa.schema(
         # What the search did. Where the members share the input's neighbours, that search is the run's first member's.
         *((field.name, pa.int64()) for field in fields(Cost)),
         ("plan", pa.string()),  # how the bank was searched, as a sample of it decided; null where nothing was searched
+        ("choice", pa.string()),  # why `auto` took the method; null where the method was given
+        ("index_bytes", pa.int64()),  # null, as all below, where the method is exact
+        ("audit_sample", pa.int64()),  # points whose vote was told exactly too
+        *((field, pa.float64()) for field in AUDIT_FIELDS),  # null where audit_sample is 0
     ]
 )
 
@@ -90,6 +104,8 @@ ENSEMBLE = pa.schema(
         ("mean_confidence_held_out", pa.float64()),
         ("mean_margin_held_out", pa.float64()),
         ("mean_entropy_held_out", pa.float64()),
+        ("depth_error_training", pa.float64()),  # error bar of mean_depth_training by approximate votes; 0: exact
+        ("depth_error_held_out", pa.float64()),
     ]
 )
 

@@ -13,7 +13,17 @@ from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.store.directory import RunDirectory
 from leadline.store.files import digest
-from leadline.store.schemas import DEPTHS, ENSEMBLE, MEMBERS, POINTS, PROBES, VOTE_FIELDS, votes_schema
+from leadline.store.schemas import (
+    AUDIT_FIELDS,
+    DEPTHS,
+    ENSEMBLE,
+    ERROR_FIELDS,
+    MEMBERS,
+    POINTS,
+    PROBES,
+    VOTE_FIELDS,
+    votes_schema,
+)
 from leadline.store.tables import open_table, read_table
 
 
@@ -126,6 +136,7 @@ def _member_faults(
         return
     if np.count_nonzero(inside) != member["n_train"]:
         yield f"{path}: {np.count_nonzero(inside)} points in training, members.parquet says {member['n_train']}"
+    yield from _audit_faults(directory, member, probes)
     rights, known = (columns["winner"] == labels[:, None]).T, computed["winner"].T
     told = [(member, prediction == labels, np.ones(len(labels), bool)), *zip(probes, rights, known, strict=True)]
     for row, right, there in told:
@@ -134,7 +145,28 @@ def _member_faults(
             if row[column] != share:
                 place = f"probe {row['probe']} of {row['member']}" if "probe" in row else row["member"]
                 yield f"{path}: {column} of {place} is {share} by this table, the run says {row[column]}"
-    total.add(depth, inside)
+    total.add(depth, inside, member["depth_error_high"] or 0.0)
+
+
+def _audit_faults(directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]]) -> Iterator[str]:
+    """Every approximate probe, and a member that has one, carries its measured error; exact ones carry none."""
+    approximate = [probe["method"] != "exact" for probe in probes]
+    rows = [
+        ("members", member["member"], member, any(approximate), ERROR_FIELDS, member["n_probes"]),
+        *(
+            ("probes", f"probe {probe['probe']} of {probe['member']}", probe, there, AUDIT_FIELDS, 1)
+            for probe, there in zip(probes, approximate, strict=True)
+        ),
+    ]
+    for table, name, row, expected, columns, largest in rows:
+        # With `votes: until-decided`, none of the sampled points may have been asked for.
+        there = [row[column] is not None for column in columns]
+        if (row["audit_sample"] is not None) != expected or set(there) != {bool(row["audit_sample"])}:
+            yield f"{directory.table(table)}: {name} has no audit, or one that it should not have"
+        elif row["audit_sample"]:
+            for value, low, high in (columns[:3], columns[3:]):
+                if not 0 <= row[low] <= row[value] <= row[high] <= largest:
+                    yield f"{directory.table(table)}: {value} of {name} is not inside its interval"
 
 
 def _matrix(lists: pa.ChunkedArray, n_probes: int) -> Array:
@@ -175,17 +207,20 @@ class _Sums:
     def __init__(self, n_points: int) -> None:
         self.count = np.zeros((2, n_points))
         self.depth = np.zeros((2, n_points))
+        self.error = np.zeros((2, n_points))
 
-    def add(self, depth: Array, inside: Array) -> None:
+    def add(self, depth: Array, inside: Array, error: float) -> None:
         for side, where in enumerate((inside, ~inside)):
             self.count[side] += where
             self.depth[side] += depth * where
+            self.error[side] += error * where
 
     def faults(self, path: Path, architecture: str, table: pa.Table) -> Iterator[str]:
         for side, name in enumerate(("training", "held_out")):
             with np.errstate(invalid="ignore"):
-                means = self.depth[side] / self.count[side]
-            for column, expected in ((f"n_{name}", self.count[side]), (f"mean_depth_{name}", means)):
+                means, errors = self.depth[side] / self.count[side], self.error[side] / self.count[side]
+            sums = ((f"n_{name}", self.count[side]), (f"mean_depth_{name}", means), (f"depth_error_{name}", errors))
+            for column, expected in sums:
                 found = table[column].to_numpy().astype(np.float64)
                 if not np.array_equal(found, expected, equal_nan=True):
                     yield f"{path}: {column} of {architecture} disagrees with the depths of its members"
