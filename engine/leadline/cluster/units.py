@@ -237,6 +237,7 @@ class Bench:
             started = time.perf_counter()
             path = directory.index(member.name, probe)
             built = self._built(choice.method, self._rows(directory, member.name, probe, bank_ids))
+            path.parent.mkdir(parents=True, exist_ok=True)
             built.save(path)
             record |= {"index_bytes": built.size_bytes, "build_seconds": time.perf_counter() - started}
             record["sha256"] = digest(path)

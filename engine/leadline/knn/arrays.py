@@ -9,6 +9,9 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+MAPPED = 32 << 20  # bytes of a mapped file that are in memory at a time
+
+
 class Rows(Protocol):
     """A [N, D] array of finite real numbers that need not be in memory: numpy arrays, memory maps, shards of either."""
 
@@ -60,9 +63,14 @@ def copied(rows: Rows, index: slice | Array) -> Array:
     file = _file_of(rows) if isinstance(rows, np.ndarray) else None
     if file is None:
         return np.ascontiguousarray(rows[index])
-    out = np.array(rows[index])
-    if isinstance(rows, np.memmap) and rows.mode == "r":
-        file.madvise(mmap.MADV_DONTNEED)
+    if isinstance(index, slice):
+        index = np.arange(*index.indices(len(rows)))
+    out = np.empty((len(index), *rows.shape[1:]), rows.dtype)
+    step = max(1, MAPPED // (rows[:1].nbytes or 1))
+    for first in range(0, len(index), step):
+        out[first : first + step] = rows[index[first : first + step]]
+        if isinstance(rows, np.memmap) and rows.mode == "r":
+            file.madvise(mmap.MADV_DONTNEED)
     return out
 
 

@@ -3,7 +3,6 @@
 The proofs are in docs/decisions: 0002 for the distance that decides and the plain search, 0004 for the screen.
 """
 
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -73,12 +72,12 @@ class Bank:
         self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * width))  # queries
         self._centre, self._longest = survey(rows, self._step)
         self._scale = scale_of(self._longest)
-        self._ready = [(0, *self._prepare(0))] if fits and self._device.type == "cpu" else None
+        self._ready = self._prepare(0) if fits and self._device.type == "cpu" else None
         if self._ready:
-            self._rows = self._ready[0][1]  # wherever they came from, they are in memory now
+            self._rows = self._ready[0]  # wherever they came from, they are in memory now
         self.plan = f"{-(-n_bank // self._step)} tiles of {self._step} rows"
         if self._ready:
-            self.plan = self._ready[0][2].plan
+            self.plan = self._ready[1].plan
         elif self._device.type != "cpu":
             self.plan = f"all {width} values, float32"
 
@@ -145,20 +144,29 @@ class Bank:
         """The `size` nearest rows of each query: measured squared distances float64 [Q, size], ascending, and rows."""
         distances = np.full((len(queries), size), np.inf)
         rows = np.full((len(queries), size), np.iinfo(np.int64).max)
-        error = self._error(queries, exact)
         cost = NOTHING
-        for first, tile, screen in self._ready or self._tiles():
-            own = np.where((exclude >= first) & (exclude < first + len(tile)), exclude - first, -1)
-
-            def part(s: slice) -> Cost:
-                done = np.zeros(3, np.int64)
-                ask = screen.ask(queries[s], own[s], k, error, exact)  # noqa: B023
-                kernels.search_cells(screen.cells, ask, tile, first, distances[s], rows[s], done)  # noqa: B023
-                return _cost(screen, queries[s], done)  # noqa: B023
-
-            for spent in spread(part, len(queries)):
-                cost += spent
+        for first in range(0, self._rows.shape[0], self._step):
+            ready = self._ready or self._prepare(first)
+            cost += self._search_tile(first, ready, queries, k, exclude, exact, distances, rows)
+            del ready  # two tiles are never in memory together
         return distances, rows, cost
+
+    def _search_tile(
+        self, first: int, ready: tuple[Array, Screen], queries: Array, k: int, exclude: Array, exact: bool,
+        distances: Array, rows: Array,
+    ) -> Cost:  # fmt: skip
+        """Take the rows of a tile, `first` and following, into the lists of the queries."""
+        tile, screen = ready
+        own = np.where((exclude >= first) & (exclude < first + len(tile)), exclude - first, -1)
+        error = self._error(queries, exact)
+
+        def part(s: slice) -> Cost:
+            done = np.zeros(3, np.int64)
+            ask = screen.ask(queries[s], own[s], k, error, exact)
+            kernels.search_cells(screen.cells, ask, tile, first, distances[s], rows[s], done)
+            return _cost(screen, queries[s], done)
+
+        return sum(spread(part, len(queries)), NOTHING)
 
     def _error(self, queries: Array, exact: bool) -> float:
         in_float64 = np.result_type(queries, self._rows[:1]) == np.float64
@@ -168,10 +176,6 @@ class Bank:
         tile = copied(self._rows, slice(first, first + self._step))
         with full_precision():
             return tile, prepare(tile, self._centre, self._scale)
-
-    def _tiles(self) -> Iterator[tuple[int, Array, Screen]]:
-        for first in range(0, self._rows.shape[0], self._step):
-            yield first, *self._prepare(first)
 
 
 NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)
