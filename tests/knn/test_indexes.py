@@ -179,7 +179,7 @@ def test_of_the_candidates_the_nearest_are_taken(monkeypatch):
     bank = np.arange(10.0).reshape(-1, 1)
     index = build_index("flat", bank)
     monkeypatch.setattr(
-        index, "_engine", type("Fixed", (), {"search": lambda *_: np.array([[9, 4, 4, -1, 1, 2, 7, 0, 99]])})()
+        index, "_engine", type("Fixed", (), {"search": lambda *_: np.array([[9, 2, 2, -1, 1, 4, 7, 0, 99]])})()
     )
     found, cost = index.search(np.array([[3.0]]), 3, np.array([4]))
     assert found.tolist() == [[0, 1, 2]]  # 3, 5 and 6 were not proposed, 4 is the query's own
@@ -226,6 +226,17 @@ def test_the_same_rows_and_seed_give_the_same_answers(method):
         for threads in (1, 2)
     ]
     assert all((other == found[0]).all() for other in found)
+
+
+@pytest.mark.parametrize("method", ["hnsw", "hnsw-sq8", pytest.param("hnswlib", marks=needs_hnswlib)])
+def test_threads_do_not_change_a_graph(method, tmp_path):
+    bank, seen = gaussian(3000, 8), set()
+    for threads in (4, 4, 1):
+        build_index(method, bank, threads=threads).save(tmp_path / "index")
+        seen.add((tmp_path / "index").read_bytes())
+    assert len(seen) == 1
+    build_index(method, bank, seed=7).save(tmp_path / "index")
+    assert (tmp_path / "index").read_bytes() not in seen
 
 
 @pytest.mark.parametrize("method", HERE)

@@ -1,7 +1,7 @@
 """The packages that hold indexes of approximate neighbours, behind one small interface.
 
 What they share is told in docs/decisions/0006-indexes.md: rows come a slice at a time, training takes a seeded sample,
-and one thread inserts into graphs, whose shape depends on the order.
+and the number of threads does not change a graph.
 """
 
 import importlib
@@ -161,10 +161,9 @@ class FaissEngine:
 def _build_faiss(method: Method, bank: Placed, threads: int | None, seed: int) -> FaissEngine:
     faiss = package_of(method)
     index = _empty_on_gpu(faiss, method, bank) if method.name in GPU_METHODS else _empty(faiss, method, bank, seed)
-    if not index.is_trained:
-        with _faiss_threads(faiss, threads):
+    with _faiss_threads(faiss, threads):
+        if not index.is_trained:
             _train(method, index, bank, seed)
-    with _faiss_threads(faiss, 1 if "efc" in dict(method.parameters) else threads):
         for part in bank.slices(bank.rows.shape[0] - index.ntotal):  # CAGRA's training has added all rows
             index.add(bank.place(copied(bank.rows, part)))
     return FaissEngine(faiss, method, index, threads)
@@ -267,5 +266,6 @@ def _build_hnswlib(method: Method, bank: Placed, threads: int | None, seed: int)
     index = package_of(method).Index(space="l2", dim=width)
     index.init_index(n_bank, M=method["m"], ef_construction=method["efc"], random_seed=seed)
     for part in bank.slices(n_bank):
+        # One thread: the graph depends on the order of insertion.
         index.add_items(bank.place(copied(bank.rows, part)), np.arange(part.start, part.stop), num_threads=1)
     return HnswlibEngine(method, index, threads)

@@ -143,7 +143,7 @@ def build_index(
     """Make an index of bank rows [M, D], real, which are read in slices and must stay where they are.
 
     method: a text for `parse_method`, or what it gives; what it leaves open is chosen by the bank's size (`resolve` in
-    knn/methods.py). threads: of training and search, by default as many as torch has; one thread inserts into graphs.
+    knn/methods.py). threads: of training and search, by default as many as torch has; hnswlib builds with one.
     seed: of samples, clusterings and graphs. On the CPU the same rows, method, threads and seed give the same answers.
     memory_budget: bytes for the exact search of what the index does not answer; the index itself, of about the rows in
     float32 (less with ivf-pq and hnsw-sq8), is in memory whole.
