@@ -61,7 +61,7 @@ def copied(rows: Rows, index: slice | Array) -> Array:
     Pages of a file that is mapped for reading are handed back, or all of it would count as this process's memory.
     """
     file = _file_of(rows) if isinstance(rows, np.ndarray) else None
-    if file is None:
+    if not isinstance(rows, np.ndarray) or file is None:
         return np.ascontiguousarray(rows[index])
     if isinstance(index, slice):
         index = np.arange(*index.indices(len(rows)))
