@@ -21,7 +21,7 @@ LARGEST = 1e145  # beyond it the sum of the squares of many differences is no fl
 SURVEYED = 4096  # rows whose mean is the centre
 SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
-SHARE = 4  # one part for a tile's rows, the others for what is made of them, the queries, and the work
+SHARE = 6  # one part for a tile's rows, the others for what is made of them, the queries, and the work
 DEVICES = ("cpu", "cuda")
 
 
