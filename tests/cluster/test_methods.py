@@ -60,6 +60,7 @@ def indexed_run(tmp_path_factory):
     return leadline.open(run)
 
 
+@pytest.mark.slow
 def test_the_audit_agrees_with_a_full_comparison(tiny_run, indexed_run):
     inside = []  # whether the truth is in the interval
     for member in ("mlp-0", "mlp-1", "mlp-2"):
@@ -93,6 +94,7 @@ def winners_of(run, member):
     return np.stack(run.sql(f"SELECT winner FROM votes WHERE member = '{member}' ORDER BY point_id")[0].to_pylist())
 
 
+@pytest.mark.slow
 def test_the_error_bar_of_the_ensemble_is_the_mean_of_its_members(tiny_run, indexed_run):
     assert set(tiny_run.sql("SELECT depth_error_training FROM ensemble")[0].to_pylist()) == {0.0}
     checked = indexed_run.sql("""
@@ -104,11 +106,13 @@ def test_the_error_bar_of_the_ensemble_is_the_mean_of_its_members(tiny_run, inde
     assert checked == indexed_run.sql("SELECT count(*) FROM ensemble WHERE n_held_out > 0")[0][0].as_py() > 0
 
 
+@pytest.mark.slow
 def test_indexed_tables_do_not_depend_on_workers_or_kills(indexed_run, tmp_path):
     other = leadline.run({**INDEXED, "engine": {**INDEXED["engine"], "workers": 1}}, tmp_path / "run")
     assert tables_of(other.directory.root) == tables_of(indexed_run.directory.root)
 
 
+@pytest.mark.slow
 def test_kept_banks_tell_the_depths_of_points_and_of_embeddings(indexed_run):
     """Held-out points of a member are new to it, so the run knows their depths."""
     depths = indexed_run.sql("SELECT * FROM depths WHERE member = 'mlp-1' AND NOT in_training ORDER BY point_id")
@@ -143,6 +147,7 @@ def test_a_run_without_kept_banks_says_so(tiny_run):
         tiny_run.depth_of("mlp-0", np.zeros((1, 1, 8, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp-1/002.index", "mlp-1/002.npy", "input/000.npy"])
 def test_damage_to_what_is_kept_is_found_by_its_fingerprint(indexed_run, tmp_path, name):
     copy = leadline.open(shutil.copytree(indexed_run.directory.root, tmp_path / "run"))
@@ -277,6 +282,7 @@ def test_exact_depths_of_the_sample_do_not_depend_on_what_approximate_votes_left
     assert record["depth_agreement"] == pytest.approx(np.mean(np.array(errors) == 0))
 
 
+@pytest.mark.slow
 def test_the_summary_tells_errors_where_there_are_any(tiny_run, indexed_run):
     said = {}
     for run in (tiny_run, indexed_run):

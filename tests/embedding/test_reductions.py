@@ -336,6 +336,7 @@ REDUCED = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_records_its_reductions_and_goes_on_after_the_fit(tmp_path, monkeypatch):
     run = leadline.run(REDUCED, tmp_path / "run")
     assert verify(run.directory) == []
