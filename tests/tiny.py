@@ -5,6 +5,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leadline.cluster.units import Bench, list_members
+from leadline.config import load_config
+from leadline.store import RunDirectory
+
 TINY = {
     "name": "tiny",
     "points": {"source": "digits"},
@@ -27,3 +31,14 @@ def tables_of(run: Path) -> dict[str, pa.Table]:
         str(path.relative_to(run)): pq.ParquetFile(path).read().replace_schema_metadata()
         for path in sorted(run.rglob("*.parquet"))
     }
+
+
+def embedded(config, root):
+    """A bench and a directory in which all members are trained and embedded here: (bench, directory, members)."""
+    config = load_config(config)
+    bench, directory, members = Bench(config, {}), RunDirectory(root), list_members(config)
+    for member in members:
+        bench.train(directory, member)
+    for shard in range(len(bench.shards)):
+        bench.embed(directory, members, shard)
+    return bench, directory, members

@@ -14,17 +14,15 @@ import pytest
 import yaml
 from rich.console import Console
 from scipy.spatial.distance import cdist
-from tiny import TINY, tables_of
+from tiny import TINY, embedded, tables_of
 
 import leadline
 from leadline import LeadlineError
 from leadline.cluster import units
-from leadline.cluster.units import Bench, list_members
 from leadline.config import load_config
 from leadline.knn.audit import draw
 from leadline.points import open_points
 from leadline.report import print_summary
-from leadline.store import RunDirectory
 from leadline.store.files import write_json
 from leadline.store.verify import verify
 
@@ -185,17 +183,6 @@ def test_auto_keeps_its_target_and_says_why(tiny_run, tmp_path):
 
 
 # What follows is done in this process, unit by unit.
-
-
-def embedded(config, root):
-    """A bench and a directory in which the members are trained and embedded: (bench, directory, members)."""
-    config = load_config(config)
-    bench, directory, members = Bench(config, {}), RunDirectory(root), list_members(config)
-    for member in members:
-        bench.train(directory, member)
-    for shard in range(len(bench.shards)):
-        bench.embed(directory, members, shard)
-    return bench, directory, members
 
 
 def one_member(**changes):

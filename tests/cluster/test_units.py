@@ -4,24 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import TINY
+from tiny import TINY, embedded
 
-from leadline.cluster.units import Bench, list_members
+from leadline.cluster.units import Bench
 from leadline.config import load_config
 from leadline.knn import Bank
 from leadline.points import open_points
 from leadline.store import RunDirectory
-
-
-def trained(config, root):
-    """A bench and a directory in which all members are trained and embedded: (bench, directory, members)."""
-    config = load_config(config)
-    bench, directory, members = Bench(config, {}), RunDirectory(root), list_members(config)
-    for member in members:
-        bench.train(directory, member)
-    for shard in range(len(bench.shards)):
-        bench.embed(directory, members, shard)
-    return bench, directory, members
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def searches(monkeypatch):
 
 def test_a_probe_is_asked_for_the_points_that_no_later_one_decided(tmp_path, searches):
     config = {**TINY, "votes": "until-decided", "members": [{**TINY["members"][0], "count": 1}]}
-    bench, directory, (member,) = trained(config, tmp_path)
+    bench, directory, (member,) = embedded(config, tmp_path)
     said = np.concatenate([np.load(directory.outputs(member.name, shard)) for shard in range(len(bench.shards))])
     for block, (first, stop) in enumerate(bench.query_blocks):
         open_points = np.arange(first, stop)
@@ -61,7 +50,7 @@ def test_a_probe_is_asked_for_the_points_that_no_later_one_decided(tmp_path, sea
 
 def test_a_block_without_open_points_is_not_searched(tmp_path, searches):
     config = {**TINY, "votes": "until-decided", "members": [{**TINY["members"][0], "count": 1}]}
-    bench, directory, (member,) = trained(config, tmp_path)
+    bench, directory, (member,) = embedded(config, tmp_path)
     bench.vote(directory, member, 3, 0)
     part = np.load(directory.votes_part(member.name, 3, 0))
     part["winner"] = -2  # the last probe disagrees about every point
@@ -85,7 +74,7 @@ def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_b
     labels = open_points(load_config(TINY).points).labels
     splits = [np.arange(1797), np.flatnonzero(labels < 6), np.flatnonzero(np.arange(1797) % 10)]
     config = with_splits(tmp_path, votes, *splits)
-    bench, directory, members = trained(config, tmp_path / "run")
+    bench, directory, members = embedded(config, tmp_path / "run")
     assert bench.common.pays
     for block, (first, stop) in enumerate(bench.query_blocks):
         later = (3, 2, 1) if votes == "until-decided" else ()

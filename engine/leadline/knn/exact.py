@@ -13,7 +13,7 @@ from leadline.knn import kernels, plain
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
 from leadline.knn.product import GROUP, PANEL
 from leadline.knn.rank import by_distance, rank_doubtful
-from leadline.knn.screen import NARROW, Screen, error_of, prepare, scale_of
+from leadline.knn.screen import NARROW, Screen, cells_of, error_of, prepare, scale_of
 from leadline.knn.threads import full_precision, spread
 
 SPARE = 32  # candidates kept beyond k
@@ -69,7 +69,8 @@ class Bank:
         # float32 rows and as many bytes again for what is made of them, at most.
         fits = is_in_memory(rows) or 8 * n_bank * width <= memory_budget
         self._step = n_bank if fits else max(kernels.BLOCK, memory_budget // (SHARE * 4 * width))
-        self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * width))  # queries
+        # Queries, each with its values and its distance from every cell's centre.
+        self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * max(width, cells_of(n_bank))))
         self._centre, self._longest = survey(rows, self._step)
         self._scale = scale_of(self._longest)
         self._ready = self._prepare(0) if fits and self._device.type == "cpu" else None

@@ -471,18 +471,6 @@ def sort_by_distance(
 
 
 @compiled
-def place_with_norms(rows: Array, centre: Array, scale: float, rounded: Array, norms: Array) -> None:
-    """rounded[i] = float32(scale * (rows[i] - centre)), norms[i] = the float64 squared norm of what was rounded."""
-    for i in range(rows.shape[0]):
-        norm = 0.0
-        for j in range(rows.shape[1]):
-            value = np.float32(_scaled(rows[i, j], centre[j], scale))
-            rounded[i, j] = value
-            norm += np.float64(value) * np.float64(value)
-        norms[i] = norm
-
-
-@compiled
 def classify(
     lows: Array,
     highs: Array,

@@ -11,6 +11,7 @@ import torch
 
 from leadline.knn import kernels
 from leadline.knn.arrays import Array, Rows, copied
+from leadline.knn.kernels import FLOAT32, UNDERFLOW
 from leadline.knn.rank import rank_doubtful
 from leadline.knn.screen import scale_of
 
@@ -18,8 +19,6 @@ QUERY_TILE = 512  # queries and rows of one product
 BANK_TILE = 4096
 TILE_BYTES = 64 << 20  # of one tile of bank rows, in float32: narrower than BANK_TILE where embeddings are wide
 SPARE = 34  # candidates kept beyond k
-ROUNDING = 2.0**-24  # of float32
-UNDERFLOW = 1e-30  # of anything that float32 rounds to zero, once the longest row has length 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class _Frame:
         """Rounded coordinates float32 [n, D] and their squared norms float64 [n]."""
         rounded = np.empty(rows.shape, np.float32)
         norms = np.empty(len(rows))
-        kernels.place_with_norms(rows, self.centre, self.scale, rounded, norms)
+        kernels.place(rows, self.centre, self.scale, rounded)
+        kernels.square_lengths(rounded, np.zeros(rows.shape[1]), 1.0, norms)
         return rounded, norms
 
 
@@ -77,13 +77,13 @@ def search(
 
 
 def _frame(centre: Array, longest: float, width: int) -> _Frame:
-    gamma = (width + 4) * ROUNDING / (1 - (width + 4) * ROUNDING)
+    gamma = (width + 4) * FLOAT32 / (1 - (width + 4) * FLOAT32)
     exact = 8.0 * (width + 4) * 2.0**-53  # the float64 distance's own rounding
     return _Frame(
         centre,
         scale_of(longest),
-        slack_rows=2 * gamma + 8 * ROUNDING + exact,
-        slack_queries=gamma + 5 * ROUNDING + exact,
+        slack_rows=2 * gamma + 8 * FLOAT32 + exact,
+        slack_queries=gamma + 5 * FLOAT32 + exact,
     )
 
 

@@ -92,6 +92,11 @@ def scale_of(longest: float) -> float:
     return float(2.0 ** -np.ceil(np.log2(longest) / 2)) if longest > 0 else 1.0
 
 
+def cells_of(n_rows: int) -> int:
+    """How many cells so many rows are cut into."""
+    return max(1, int(np.sqrt(n_rows) / 2))
+
+
 def low_precision() -> torch.dtype:
     """bfloat16 where the processor multiplies it natively, else float32."""
     return torch.bfloat16 if product.HAS_BFLOAT16 else torch.float32
@@ -103,7 +108,7 @@ def prepare(rows: Array, centre: Array, scale: float) -> Screen:
     axes, in_cells = _Sample(rows, centre, scale).decide() if n_bank >= SAMPLE else (None, False)
     points = np.concatenate(spread(lambda s: _project(rows[s], centre, scale, axes), n_bank)) if axes else rows
     middle, unit = (np.zeros(points.shape[1]), 1.0) if axes else (centre, scale)
-    cells = _cut(points, middle, unit, int(np.sqrt(n_bank) / 2) if in_cells else 1)
+    cells = _cut(points, middle, unit, cells_of(n_bank) if in_cells else 1)
     n_cells = len(cells.centres)
     seen = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
     kind = str(low_precision()).removeprefix("torch.")
@@ -163,7 +168,7 @@ class _Sample:
 
     def _share_of_rows(self) -> float:
         """Share of the sample's rows in cells of it that the triangle inequality does not leave out."""
-        n_cells = max(1, int(np.sqrt(len(self.rows)) / 2))
+        n_cells = cells_of(len(self.rows))
         centres = _kmeans(self.rows, n_cells)
         distances = torch.cdist(self.rows, centres)
         radius, cell = distances.min(dim=1)
