@@ -225,12 +225,14 @@ def gaussian(
     widths: Annotated[list[int], typer.Option("--width", min=1)] = [128, 512, 2048],  # noqa: B006
     bank: Annotated[int, typer.Option(min=64, help="rows")] = 54_000,
     queries: Annotated[int, typer.Option(min=64)] = 4096,
-    float32: Annotated[bool, typer.Option("--float32", help="screen in float32, as without bfloat16 units")] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="screen in float32, as without units for bfloat16 or int8")
+    ] = False,
 ) -> None:
     """Gaussian noise: no clusters and no directions that matter, so nothing can be left out beforehand."""
     limits = machine_limits(threads)
     if float32:
-        screen.low_precision = lambda: torch.float32
+        screen.precisions = lambda: [torch.float32]
     rows = []
     for width in widths:
         random = np.random.default_rng(0)

@@ -19,19 +19,23 @@ WAYS = {
     # What is patched in leadline.knn.screen so that a small bank is searched as a large one would be.
     "as it comes": {},
     "cells": {"SAMPLE": 64, "WORTH": 2},
-    "cells in float32": {"SAMPLE": 64, "WORTH": 2, "low_precision": lambda: torch.float32},
+    "cells in float32": {"SAMPLE": 64, "WORTH": 2, "precisions": lambda: [torch.float32]},
     "projected": {"SAMPLE": 64, "WIDTHS": (2, 5), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 4},
     "projected in float32": {
         "SAMPLE": 64, "WIDTHS": (3,), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 6,
-        "low_precision": lambda: torch.float32,
+        "precisions": lambda: [torch.float32],
     },
+    "plain, in int8": {"SAMPLE": 64, "WIDTHS": (), "WORTH": 0, "precisions": lambda: [torch.int8]},
     "in tiles": {},
 }  # fmt: skip
+HAS = {torch.float32: True, torch.bfloat16: product.HAS_BFLOAT16, torch.int8: product.HAS_INT8}
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Each of the ways that a search can go, whatever the size of the bank and the processor; `search` follows it."""
+    if "int8" in request.param and not product.HAS_INT8:
+        pytest.skip("this processor does not multiply int8")
     for name, value in WAYS[request.param].items():
         monkeypatch.setattr(screen, name, value)
     if request.param != "as it comes":
@@ -281,10 +285,11 @@ def test_bound_of_the_plain_search_holds_for_every_pair():
 
 
 @njit
-def reached(packed, values, panel, bias, thresholds):
+def reached(packed, values, panel, bias, units, thresholds, of_queries):
     """Bit j of [i]: as `product.reach` has it for the queries 0 to GROUP - 1."""
     masks = np.zeros(product.GROUP, product.WORD)
-    product.reach(packed, 0, values, panel, bias, thresholds, masks)
+    starts = np.array([-128 * np.int64(packed[i].sum()) for i in range(product.GROUP)]).astype(np.int32)
+    product.reach(packed, 0, values, panel, bias, units, thresholds, starts, of_queries, masks)
     return masks
 
 
@@ -292,46 +297,75 @@ def bits(masks):
     return np.array([[int(mask) >> j & 1 for j in range(product.PANEL)] for mask in masks], bool)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [1, 2, 10, 33, 300])
+def drawn(dtype, random, n, width):
+    """Random values [n, width], as numpy has them and as `reach` takes them."""
+    if dtype == torch.int8:
+        whole = random.integers(-127, 128, (n, width)).astype(np.int8)
+        return whole.astype(np.float64), whole
+    values = torch.from_numpy(random.standard_normal((n, width))).to(dtype)
+    return values.double().numpy(), values.view(torch.int16 if dtype == torch.bfloat16 else dtype).numpy()
+
+
+@pytest.mark.parametrize("dtype", HAS)
+@pytest.mark.parametrize("width", [4, 12, 36, 300, 20_000])
 def test_products_reach_what_they_reach_in_float64(dtype, width):
-    if dtype == torch.bfloat16 and not product.HAS_BFLOAT16:
-        pytest.skip("this processor does not multiply bfloat16")
+    if not HAS[dtype]:
+        pytest.skip(f"this processor does not multiply {dtype}")
     random = np.random.default_rng(width)
-    bank = torch.from_numpy(random.standard_normal((3 * product.PANEL, width + width % 2))).to(dtype)
-    queries = torch.from_numpy(random.standard_normal((product.GROUP, width + width % 2))).to(dtype)
-    together = 2 if dtype == torch.bfloat16 else 1
-    values = bank.view(3, product.PANEL, -1, together).permute(0, 2, 1, 3).reshape(3, -1, product.PANEL * together)
-    seen = torch.int16 if dtype == torch.bfloat16 else torch.float32
+    rows, packed_rows = drawn(dtype, random, 3 * product.PANEL, width)
+    queries, packed = drawn(dtype, random, product.GROUP, width)
+    together = screen.PACKED[dtype][1]
+    if dtype == torch.int8:
+        packed_rows = packed_rows ^ np.int8(-128)
+    values = packed_rows.reshape(3, product.PANEL, -1, together).transpose(0, 2, 1, 3)
+    values = np.ascontiguousarray(values.reshape(3, -1, product.PANEL * together))
     bias = random.standard_normal((3, product.PANEL)).astype(np.float32)
+    units = random.uniform(0.5, 2, (3, product.PANEL)).astype(np.float32)
+    of_queries = random.uniform(0.5, 2, product.GROUP).astype(np.float32) / np.float32(127**2)
     thresholds = random.standard_normal(product.GROUP).astype(np.float32)
     for panel in range(3):
-        masks = reached(queries.view(seen).numpy(), values.contiguous().view(seen).numpy(), panel, bias, thresholds)
-        rows = bank.view(3, product.PANEL, -1)[panel].double()
-        sums = (queries.double() @ rows.T).numpy() + bias[panel]
-        clear = np.abs(sums - thresholds[:, None]) > 1e-4
+        masks = reached(packed, values, panel, bias, units, thresholds, of_queries)
+        sums = queries @ rows[panel * product.PANEL : (panel + 1) * product.PANEL].T
+        if dtype == torch.int8:
+            sums = sums * of_queries[:, None] * units[panel]
+        sums += bias[panel]
+        clear = np.abs(sums - thresholds[:, None]) > 1e-4 * width**0.5
         assert clear.mean() > 0.9
         np.testing.assert_array_equal(bits(masks)[clear], (sums >= thresholds[:, None])[clear])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_pair_within_the_limit_is_left_out(monkeypatch, dtype):
+def test_the_largest_sum_of_int8_products_is_still_an_integer():
+    if not product.HAS_INT8:
+        pytest.skip("this processor does not multiply int8")
+    width = product.LONGEST_INT8
+    values = np.full((1, width // 4, product.PANEL * 4), np.int8(127) ^ np.int8(-128))
+    packed = np.full((product.GROUP, width), 127, np.int8)
+    packed[1] = -127
+    sums = np.array([127 * 127 * width] + [-127 * 127 * width] + [127 * 127 * width] * 4, np.float64)
+    none, one = np.zeros((1, product.PANEL), np.float32), np.ones((1, product.PANEL), np.float32)
+    each = np.ones(product.GROUP, np.float32)
+    assert bits(reached(packed, values, 0, none, one, (sums - 1e4).astype(np.float32), each)).all()
+    assert not bits(reached(packed, values, 0, none, one, (sums + 1e4).astype(np.float32), each)).any()
+
+
+@pytest.mark.parametrize("dtype", HAS)
+def test_no_pair_within_the_limit_is_left_out(dtype):
     """With the true distance of a pair as the limit, its product reaches the threshold: in extended precision."""
-    if dtype == torch.bfloat16 and not product.HAS_BFLOAT16:
-        pytest.skip("this processor does not multiply bfloat16")
-    monkeypatch.setattr(screen, "low_precision", lambda: dtype)
+    if not HAS[dtype]:
+        pytest.skip(f"this processor does not multiply {dtype}")
     left_out = tried = 0
     for name in BOUNDED:
         bank = hard_inputs()[name]
         ready = Bank(bank)
-        cells = screen._cut(bank, ready._centre, ready._scale, 3)
+        cells = screen._cut(bank, ready._centre, ready._scale, 3, dtype)
         width = cells.values.shape[1] * cells.values.shape[2] // product.PANEL
         placed = [(bank.astype(np.longdouble) - centre) * ready._scale for centre in cells.centres]
         for c in range(3):
             packed = np.zeros((product.GROUP, width), cells.values.dtype)
             floats = np.empty(bank.shape[1], np.float32)
             for query in range(0, 60, 7):
-                alpha, lost = kernels._round(bank[query], cells.centres[c], ready._scale, floats, packed[0])
+                alpha, lost, unit = kernels._round(bank[query], cells.centres[c], ready._scale, floats, packed[0])
+                of_queries = np.full(product.GROUP, unit, np.float32)
                 for panel in range(cells.first[c], min(cells.first[c] + 2, cells.first[c + 1])):
                     rows = cells.order[panel * product.PANEL : (panel + 1) * product.PANEL]
                     there = np.flatnonzero(rows >= 0)
@@ -342,13 +376,32 @@ def test_no_pair_within_the_limit_is_left_out(monkeypatch, dtype):
                             threshold = kernels._threshold(
                                 alpha, lost, limit * (1 + 1e-15), cells.lengths[c], cells.residuals[c], width
                             )
-                            masks = reached(packed, cells.values, panel, cells.bias, np.full(8, threshold, np.float32))
+                            thresholds = np.full(product.GROUP, threshold, np.float32)
+                            masks = reached(
+                                packed, cells.values, panel, cells.bias, cells.units, thresholds, of_queries
+                            )
                             if share == 1:
                                 assert bits(masks)[0, j], (name, query, j)
                             else:
                                 tried += 1
                                 left_out += not bits(masks)[0, j]
     assert left_out > 0.1 * tried  # and the bound is not empty
+
+
+@pytest.mark.parametrize("dtype", HAS)
+def test_rounding_takes_away_no_more_than_it_says(dtype):
+    kind = screen.PACKED[dtype][0]
+    for name in BOUNDED:
+        bank = hard_inputs()[name]
+        ready, floats = Bank(bank), np.empty(bank.shape[1], np.float32)
+        for row in bank[:60:7]:
+            packed = np.zeros(bank.shape[1], kind)
+            square, lost, unit = kernels._round(row, ready._centre, ready._scale, floats, packed)
+            whole = (row.astype(np.longdouble) - ready._centre) * ready._scale
+            values = (packed.astype(np.int32) << 16).view(np.float32) if kind == np.int16 else packed
+            true = np.sqrt(np.square(whole - values.astype(np.longdouble) * unit).sum())
+            assert true <= lost <= 1.01 * true + 1e-6 * np.sqrt(square), name
+            np.testing.assert_allclose(square, np.square(whole).sum(), rtol=1e-12)
 
 
 def test_projections_lengthen_nothing():
@@ -380,7 +433,9 @@ def test_projected_queries_are_no_farther_than_their_slip_allows(far):
     matrix = torch.linalg.qr(torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))).Q
     axes = screen._contraction(matrix)
     points = screen._project(bank, ready._centre, ready._scale, axes)
-    projected = screen.Screen(ready._centre, ready._scale, axes, screen._cut(points, np.zeros(128), 1.0, 1), "")
+    projected = screen.Screen(
+        ready._centre, ready._scale, axes, screen._cut(points, np.zeros(128), 1.0, 1, torch.float32), ""
+    )
     ask = projected.ask(queries, np.full(20, -1), 30, 0.0, exact=False)
     for i in range(20):
         true = np.sqrt(np.square((queries[i].astype(np.longdouble) - bank) * ready._scale).sum(axis=1))

@@ -13,6 +13,7 @@ FLOAT32 = 2.0**-24  # unit roundoff
 MARGIN = 1e-6  # of float32 and float64 arithmetic on bounds, beside which it is negligible
 UNDERFLOW = 1e-30  # of anything that float32 rounds to zero, once the longest row has length 1
 FAR = 1e60  # squared length of a query whose products may overflow: it is compared with every row
+SMALLEST, LARGEST = 1e-30, 1e30  # of the values that int8 integers stand for
 CHUNK = 512  # squares that are added up in the rows' own precision, before float64 takes them over
 BLOCK = 40 * GROUP  # queries that are rounded together
 CACHED = 1 << 18  # bytes of panels that stay in the processor's cache while a block of queries goes over them
@@ -29,9 +30,10 @@ class Cells(NamedTuple):
     order int64 [P * PANEL]: the bank's row at each place, -1 for none; first int64 [C + 1]: each cell's first panel;
     centres float64 [C, m]; scale: of coordinates; radii float64 [C]: the longest row; apart float64 [C, C]: distances
     of centres; inner, outer float64 [P]: the least and largest length in each panel; values: the panels as
-    `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, rounded up; residuals, lengths
-    float64 [C]: the largest of what rounding took away from a row, and of the rounded rows' lengths. slip: squared
-    distances from centres are off by at most slip * (1 + the squared length of the vector).
+    `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, rounded up; units float32
+    [P, PANEL]: what an integer of int8 stands for; residuals, lengths float64 [C]: the largest of what rounding took
+    away from a row, and of the rounded rows' lengths. slip: squared distances from centres are off by at most
+    slip * (1 + the squared length of the vector).
     """
 
     order: Array
@@ -44,6 +46,7 @@ class Cells(NamedTuple):
     outer: Array
     values: Array
     bias: Array
+    units: Array
     residuals: Array
     lengths: Array
     slip: float
@@ -109,20 +112,33 @@ def square_lengths(rows: Array, centre: Array, scale: float, squares: Array) -> 
 
 
 @_any_order
-def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Array) -> tuple[float, float]:
-    """packed = scale * (point - centre), to bfloat16 (its bits) where packed is int16 [K], else to float32 [K].
+def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Array) -> tuple[float, float, float]:
+    """packed = scale * (point - centre), rounded: float32 [K], bfloat16 (its bits, int16), or int8, integers that stand
+    for so many units.
 
-    Returns the squared length before rounding and no less than the length of what was lost. floats float32 [m]: for use
-    here. What of `packed` lies beyond the point's m values is left alone.
+    Returns the squared length before rounding, no less than the length of what was lost, and the unit (a float32; 1
+    where packed is not int8). floats float32 [m]: for use here. What of `packed` lies beyond the point's m values is
+    left alone.
     """
     width = point.shape[0]
-    square = 0.0
+    square, unit = 0.0, np.float32(1)
     for j in range(width):
         value = _scaled(point[j], centre[j], scale)
         square += value * value
         floats[j] = np.float32(value)
     lost = 0.0
-    if packed.itemsize == 2:
+    if packed.itemsize == 1:
+        largest = np.float32(SMALLEST)
+        for j in range(width):
+            largest = max(largest, abs(floats[j]))
+        unit = min(largest, np.float32(LARGEST)) / np.float32(127)
+        per = np.float32(1) / unit
+        for j in range(width):
+            whole = min(max(np.rint(floats[j] * per), np.float32(-127)), np.float32(127))
+            packed[j] = np.int8(whole)
+            difference = np.float64(floats[j]) - np.float64(unit) * np.float64(whole)
+            lost += difference * difference
+    elif packed.itemsize == 2:
         bits = floats.view(np.int32)
         for j in range(width):
             # To the nearest, of two the even one.
@@ -135,38 +151,40 @@ def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Arr
     else:
         for j in range(width):
             packed[j] = floats[j]
-    return square, (np.sqrt(lost) + FLOAT32 * np.sqrt(square)) * (1 + MARGIN)
+    return square, (np.sqrt(lost) + FLOAT32 * np.sqrt(square)) * (1 + MARGIN), np.float64(unit)
 
 
 @compiled
 def fill(
     points: Array, centres: Array, scale: float, order: Array, cell: Array, first: int, stop: int, values: Array,
-    bias: Array, inner: Array, outer: Array, residuals: Array, lengths: Array,
+    bias: Array, units: Array, inner: Array, outer: Array, residuals: Array, lengths: Array,
 ) -> None:  # fmt: skip
     """Round rows into the panels first … stop; the names are those of `Cells`, but that residuals, lengths float64 [P]
-    are of panels, whose cells are `cell` int64 [P]. values: all zero before.
+    are of panels, whose cells are `cell` int64 [P].
     """
-    steps, together = values.shape[1], values.shape[2] // PANEL  # values of a row side by side
+    # As words of 32 bits, each of which is one of float32, two of bfloat16 or four of int8. To add 128 to each of those
+    # is to turn their highest bits over.
+    words, turned = values.view(np.int32), np.int32(-0x7F7F7F80 if values.itemsize == 1 else 0)
     # Rows a little apart: at a distance of a power of two they would drive each other out of the cache.
-    packed, floats = np.zeros((PANEL, steps * together + 32), values.dtype), np.empty(points.shape[1], np.float32)
+    packed = np.zeros((PANEL, values.shape[1] * values.shape[2] // PANEL + 32), values.dtype)
+    packed_words, floats = packed.view(np.int32), np.empty(points.shape[1], np.float32)
     for panel in range(first, stop):
         for i in range(PANEL):
             row = order[panel * PANEL + i]
             if row < 0:
-                bias[panel, i] = -np.inf
+                bias[panel, i], units[panel, i] = -np.inf, 0
                 packed[i] = 0
                 continue
-            square, lost = _round(points[row], centres[cell[panel]], scale, floats, packed[i])
+            square, lost, units[panel, i] = _round(points[row], centres[cell[panel]], scale, floats, packed[i])
             length = np.sqrt(square)
             bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
             inner[panel] = min(inner[panel], length * (1 - MARGIN))
             outer[panel] = max(outer[panel], length * (1 + MARGIN))
             residuals[panel] = max(residuals[panel], lost)
             lengths[panel] = max(lengths[panel], length + lost)
-        for s in range(steps):
+        for s in range(words.shape[1]):
             for i in range(PANEL):
-                for j in range(together):
-                    values[panel, s, i * together + j] = packed[i, s * together + j]
+                words[panel, s, i] = packed_words[i, s] ^ turned
 
 
 @_any_order
@@ -251,7 +269,7 @@ def _visit(
     """Take the rows of one cell into the lists of some queries, which are sorted by distance from its centre."""
     floats, masks = np.empty(cells.centres.shape[1], np.float32), np.empty(GROUP, WORD)
     alphas, losts, limits = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    thresholds = np.empty(BLOCK, np.float32)
+    thresholds, units, starts = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.zeros(BLOCK, np.int32)
     in_cache = max(1, CACHED // (cells.values.shape[1] * cells.values.shape[2] * cells.values.itemsize))
     longest, residual, width = cells.lengths[c], cells.residuals[c], packed.shape[1]
     unit, error, grow, last_of_k = ask.unit, ask.error, ask.grow, ask.k - 1
@@ -260,7 +278,10 @@ def _visit(
         queries = which[block : block + n]
         thresholds[:] = np.inf
         for i in range(n):
-            alphas[i], losts[i] = _round(ask.points[queries[i]], cells.centres[c], cells.scale, floats, packed[i])
+            point, centre = ask.points[queries[i]], cells.centres[c]
+            alphas[i], losts[i], units[i] = _round(point, centre, cells.scale, floats, packed[i])
+            if packed.itemsize == 1:
+                starts[i] = -128 * packed[i].sum()
             limits[i] = _limit(distances[queries[i], last_of_k], unit, error, grow, ask.slips[queries[i]])
             thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, width)
         for first in range(cells.first[c], cells.first[c + 1], in_cache):
@@ -278,7 +299,10 @@ def _visit(
                     if cells.outer[panel] < least or cells.inner[panel] > most:
                         continue
                     cost[0] += 1
-                    if reach(packed, group, cells.values, panel, cells.bias, thresholds, masks) == 0:
+                    some = reach(
+                        packed, group, cells.values, panel, cells.bias, cells.units, thresholds, starts, units, masks
+                    )  # fmt: skip
+                    if some == 0:
                         continue
                     tighter = False
                     for i in range(group, stop):

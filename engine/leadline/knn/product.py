@@ -2,7 +2,7 @@
 
 The products live and die in the processor's registers: what comes out is one bit a pair. It is written in LLVM's own
 terms through numba, because neither a matrix library, which writes its products to memory, nor a compiled loop, which
-cannot name the instruction for pairs of bfloat16, does it. On two cores with AVX512-BF16 it multiplies faster than the
+cannot name the instructions for pairs of bfloat16 and fours of int8, does it. On two cores with AVX512-BF16 it multiplies faster than the
 matrix library does (benchmarks/results).
 """
 
@@ -18,6 +18,8 @@ from numba.extending import intrinsic
 _FEATURES = llvm.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 HAS_BFLOAT16 = _WIDE and bool(_FEATURES.get("avx512bf16"))
+HAS_INT8 = _WIDE and bool(_FEATURES.get("avx512vnni"))
+LONGEST_INT8 = 1 << 17  # values of a row whose products of 127 x 127 an int32 can add up
 
 LANES = 16  # float32 values of one vector
 VECTORS = 4 if _WIDE else 1  # of a panel: what the processor's registers hold beside the queries
@@ -42,23 +44,27 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 _INT16, _INT32, _INT64, _FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT32, LANES)
 _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_KINDS = {types.float32: _FLOATS, types.int16: _PAIRS, types.int8: _INTS}
 
 
 @intrinsic
 def reach(
-    context: Any, queries: Any, query: Any, panels: Any, panel: Any, bias: Any, thresholds: Any, masks: Any
-) -> Any:
+    context: Any, queries: Any, query: Any, panels: Any, panel: Any, bias: Any, units: Any, thresholds: Any,
+    starts: Any, of_queries: Any, masks: Any,
+) -> Any:  # fmt: skip
     """Bit j of masks[i]: whether bias[panel, j] + <queries[query + i], row j of the panel> >= thresholds[query + i].
 
     A sum that is not a number reaches every threshold. Returns int64: 0 where no bit is set.
 
-    queries [n, K], contiguous; panels [P, S, PANEL * K / S]: float32, and then S = K, a value of each row in a step; or
-    int16, the bits of bfloat16, and then S = K / 2, two values of each row side by side. bias float32 [P, PANEL],
-    thresholds float32 [n]; masks WORD [GROUP]. Accumulated in float32, in the order of the values. Nothing is
-    checked: query + GROUP <= n.
+    queries [n, K], contiguous; panels [P, K / V, PANEL * V]: V values of each row side by side, 1 of float32, 2 of
+    bfloat16 (their bits, int16) or 4 of int8; bias float32 [P, PANEL], thresholds float32 [n]; masks WORD [GROUP].
+    Accumulated in float32, in the order of the values. Of int8 the product is that of the integers, which is exact,
+    times units[panel, j] * of_queries[query + i] (float32 [P, PANEL] and [n], read for int8 alone, as are starts): the
+    processor takes one side's for unsigned, so those of the panels have 128 added, and starts int32 [n] is -128 times
+    the sum of the query's. Nothing is checked: query + GROUP <= n, and K <= LONGEST_INT8.
     """
-    signature = types.int64(queries, types.int64, panels, types.int64, bias, thresholds, masks)
-    return signature, _emit
+    given = (queries, types.int64, panels, types.int64, bias, units, thresholds, starts, of_queries, masks)
+    return types.int64(*given), _emit
 
 
 @intrinsic
@@ -77,36 +83,43 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for i in range(len(arguments))
         if isinstance(signature.args[i], types.Array)
     }
-    queries, panels, bias, thresholds, masks = (builder.ptrtoint(array.data, _INT64) for array in arrays.values())
+    queries, panels, bias, units, thresholds, starts, of_queries, masks = (
+        builder.ptrtoint(array.data, _INT64) for array in arrays.values()
+    )
     query, panel = arguments[1], arguments[3]
-    in_pairs = signature.args[2].dtype == types.int16
+    dtype = signature.args[0].dtype
+    kind, in_int8 = _KINDS[dtype], dtype == types.int8
     width = cgutils.unpack_tuple(builder, arrays[0].shape, 2)[1]
     steps = cgutils.unpack_tuple(builder, arrays[2].shape, 3)[1]
-    row = builder.mul(width, _INT64(2 if in_pairs else 4))
+    row = builder.mul(width, _INT64(dtype.bitwidth // 8))
     first = builder.add(queries, builder.mul(query, row))
     rows = [builder.add(first, builder.mul(row, _INT64(i))) for i in range(GROUP)]
-    step = _INT64(4 * PANEL)
+    step, of_panel = _INT64(4 * PANEL), builder.mul(panel, _INT64(4 * PANEL))
     values = builder.add(panels, builder.mul(panel, builder.mul(steps, step)))
-    bias = builder.add(bias, builder.mul(panel, _INT64(4 * PANEL)))
-    begin = [_load(builder, bias, 4 * LANES * v, _FLOATS) for v in range(VECTORS)]
+    bias, units = builder.add(bias, of_panel), builder.add(units, of_panel)
+    of_query = builder.mul(query, _INT64(4))
+    thresholds, starts, of_queries = (builder.add(start, of_query) for start in (thresholds, starts, of_queries))
+    biases = [_load(builder, bias, 4 * LANES * v, _FLOATS) for v in range(VECTORS)]
+    begin = [biases] * GROUP
+    if in_int8:
+        begin = [[_spread(builder, _load(builder, starts, 4 * i, _INT32), _INTS)] * VECTORS for i in range(GROUP)]
 
     before, loop, after = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("reached")
     builder.branch(loop)
     builder.position_at_end(loop)
     s = builder.phi(_INT64)
     s.add_incoming(_INT64(0), before)
-    sums = [[builder.phi(_FLOATS) for _ in range(VECTORS)] for _ in range(GROUP)]
+    sums = [[builder.phi(_INTS if in_int8 else _FLOATS) for _ in range(VECTORS)] for _ in range(GROUP)]
     there, place = builder.add(values, builder.mul(s, step)), builder.mul(s, _INT64(4))
-    kind = _PAIRS if in_pairs else _FLOATS
     of_bank = [_load(builder, there, 4 * LANES * v, kind) for v in range(VECTORS)]
-    multiply = _multiply(builder.module, in_pairs)
+    multiply = _multiply(builder.module, kind)
     done = []
     for i in range(GROUP):
         of_query = _spread(builder, _load(builder, builder.add(rows[i], place), 0, _INT32), _INTS)
         of_query = builder.bitcast(of_query, kind)
         for v in range(VECTORS):
             total = multiply(builder, of_query, of_bank[v], sums[i][v])
-            sums[i][v].add_incoming(begin[v], before)
+            sums[i][v].add_incoming(begin[i][v], before)
             sums[i][v].add_incoming(total, loop)
             done.append(total)
     following = builder.add(s, _INT64(1))
@@ -114,27 +127,34 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
 
     builder.position_at_end(after)
-    thresholds = builder.add(thresholds, builder.mul(query, _INT64(4)))
     some = _INT16(0)
     for i in range(GROUP):
         threshold = _spread(builder, _load(builder, thresholds, 4 * i, _FLOAT), _FLOATS)
         for v in range(VECTORS):
-            bits = builder.bitcast(builder.fcmp_unordered(">=", done[i * VECTORS + v], threshold), _INT16)
+            total = done[i * VECTORS + v]
+            if in_int8:
+                unit = _spread(builder, _load(builder, of_queries, 4 * i, _FLOAT), _FLOATS)
+                product = builder.fmul(builder.sitofp(total, _FLOATS), _load(builder, units, 4 * LANES * v, _FLOATS))
+                total = builder.fadd(builder.fmul(product, unit), biases[v])
+            bits = builder.bitcast(builder.fcmp_unordered(">=", total, threshold), _INT16)
             at = builder.add(masks, _INT64(2 * (i * VECTORS + v)))
             builder.store(bits, builder.inttoptr(at, _INT16.as_pointer()))
             some = builder.or_(some, bits)
     return builder.zext(some, _INT64)
 
 
-def _multiply(module: Any, in_pairs: bool) -> Any:
-    """A vector of sums, each grown by one product, or by two of bfloat16."""
-    if in_pairs:
-        kind = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
-        pairs = cgutils.get_or_insert_function(module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return lambda builder, a, b, total: builder.call(pairs, [total, a, b])
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS])
-    fma = cgutils.get_or_insert_function(module, kind, f"llvm.fma.v{LANES}f32")
-    return lambda builder, a, b, total: builder.call(fma, [a, b, total])
+def _multiply(module: Any, kind: Any) -> Any:
+    """A vector of sums, each grown by as many products as values lie side by side."""
+    if kind is _FLOATS:
+        function = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS])
+        fma = cgutils.get_or_insert_function(module, function, f"llvm.fma.v{LANES}f32")
+        return lambda builder, a, b, total: builder.call(fma, [a, b, total])
+    name = "avx512bf16.dpbf16ps" if kind is _PAIRS else "avx512.vpdpbusd"
+    sums = _FLOATS if kind is _PAIRS else _INTS
+    function = ir.FunctionType(sums, [sums, kind, kind])
+    products = cgutils.get_or_insert_function(module, function, f"llvm.x86.{name}.512")
+    # The integers of the bank come first: the processor takes them for unsigned ones.
+    return lambda builder, a, b, total: builder.call(products, [total, b, a])
 
 
 def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:

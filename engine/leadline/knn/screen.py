@@ -7,6 +7,7 @@ measured in full (`kernels.search_cells`).
 """
 
 from dataclasses import dataclass
+from math import e, inf, log
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ DEPTH = 1024  # values that one float32 product adds up
 # Nanoseconds that weigh one choice against another, as measured on a processor with AVX512-BF16: of a value of a pair
 # that is screened, where cells leave out half of the pairs; of a pair that is measured, and of each of its values.
 SCREENED, MEASURED, OF_A_VALUE = 0.005, 90.0, 0.07
+# Of a value of a pair that is screened, where nothing is left out; and how `product.reach` takes it: type, and so many
+# side by side.
+PLAIN = {torch.float32: 0.02, torch.bfloat16: 0.01, torch.int8: 0.005}
+PACKED = {torch.float32: (np.float32, 1), torch.bfloat16: (np.int16, 2), torch.int8: (np.int8, 4)}
 WORTH = 0.75  # share of rows in cells that stay, above which one cell does as well
 OF_A_CELL = 128  # rows that k-means looks at
 
@@ -97,22 +102,37 @@ def cells_of(n_rows: int) -> int:
     return max(1, int(np.sqrt(n_rows) / 2))
 
 
-def low_precision() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    return torch.bfloat16 if product.HAS_BFLOAT16 else torch.float32
+def precisions() -> list[torch.dtype]:
+    """What this processor multiplies in one instruction, the finest first."""
+    has = {torch.float32: True, torch.bfloat16: product.HAS_BFLOAT16, torch.int8: product.HAS_INT8}
+    return [dtype for dtype in PLAIN if has[dtype]]
 
 
 def prepare(rows: Array, centre: Array, scale: float) -> Screen:
     """Decide on a sample how a bank [M, D] is searched, and make it ready. `centre` and `scale`: see `Screen`."""
     n_bank, width = rows.shape
-    axes, in_cells = _Sample(rows, centre, scale).decide() if n_bank >= SAMPLE else (None, False)
+    plan = _Sample(rows, centre, scale).decide() if n_bank >= SAMPLE else Plan(None, False, _of_cells())
+    axes, n_cells = plan.axes, cells_of(n_bank) if plan.in_cells else 1
     points = np.concatenate(spread(lambda s: _project(rows[s], centre, scale, axes), n_bank)) if axes else rows
     middle, unit = (np.zeros(points.shape[1]), 1.0) if axes else (centre, scale)
-    cells = _cut(points, middle, unit, cells_of(n_bank) if in_cells else 1)
-    n_cells = len(cells.centres)
+    cells = _cut(points, middle, unit, n_cells, plan.precision)
     seen = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
-    kind = str(low_precision()).removeprefix("torch.")
+    kind = str(plan.precision).removeprefix("torch.")
     return Screen(centre, scale, axes, cells, f"{seen}, {n_cells} cell{'s' * (n_cells > 1)}, {kind}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a bank is searched: projected or not, cut into cells or not, and what is multiplied."""
+
+    axes: Axes | None
+    in_cells: bool
+    precision: torch.dtype
+
+
+def _of_cells() -> torch.dtype:
+    """What is multiplied where most pairs are left out beforehand, so that a coarser product would save little."""
+    return torch.bfloat16 if torch.bfloat16 in precisions() else torch.float32
 
 
 class _Sample:
@@ -126,10 +146,10 @@ class _Sample:
         kernels.place(rows[self.which], centre, scale, placed)
         self.rows = torch.from_numpy(placed)
         self.n_bank = n_bank
-        squares = self._squares(self.rows)
+        self.squares = self._squares(self.rows)
         # As many of the sample are that near as are among the K nearest of the bank.
-        rank = min(max(1, round(K * len(placed) / n_bank)), squares.shape[1])
-        self.kth = squares.kthvalue(rank, dim=1).values
+        rank = min(max(1, round(K * len(placed) / n_bank)), self.squares.shape[1])
+        self.kth = self.squares.kthvalue(rank, dim=1).values
 
     @staticmethod
     def _squares(rows: torch.Tensor) -> torch.Tensor:
@@ -137,20 +157,44 @@ class _Sample:
         squares.fill_diagonal_(torch.inf)
         return squares
 
-    def decide(self) -> tuple[Axes | None, bool]:
-        """The projection that promises the least time, or none; and whether to cut the bank into cells."""
+    def decide(self) -> Plan:
+        """What promises the least time: a projection or none, cells or one, and for plain tiles what is multiplied."""
         n, width = self.rows.shape
         widths = [m for m in WIDTHS if m <= min(width, n) // 2] if width >= NARROW else []
         directions = self._principal(widths[-1]) if widths else self.rows[:0].T
         best, least = None, width * SCREENED
         for m in widths:
             left = (self._squares(self.rows @ directions[:, :m]) <= self.kth[:, None]).double().mean().item()
-            time = m * SCREENED + left * (MEASURED + width * OF_A_VALUE)
+            time = m * SCREENED + left * self._of_a_pair()
             if time < least:
                 best, least = m, time
-        if best is None:
-            return None, self._share_of_rows() <= WORTH
-        return _contraction(directions[:, :best]), True
+        if best is not None:
+            return Plan(_contraction(directions[:, :best]), True, _of_cells())
+        if self._share_of_rows() <= WORTH:
+            return Plan(None, True, _of_cells())
+        return Plan(None, False, min(precisions(), key=self._plain_time))
+
+    def _of_a_pair(self) -> float:
+        return MEASURED + self.rows.shape[1] * OF_A_VALUE
+
+    def _plain_time(self, precision: torch.dtype) -> float:
+        """Of a pair in plain tiles. The coarser the product, the cheaper it is, and the more pairs it leaves over.
+
+        A query measures K of the first rows that it meets, and K / n of the n-th: K ln(M / K) of all M. Where rounding
+        leaves r times as many over in the end, it does from the beginning, but there they are not as many: r^t with t
+        from 0 to 1, on average (r - 1) / ln r.
+        """
+        width = self.rows.shape[1]
+        if precision == torch.int8 and width > product.LONGEST_INT8:
+            return inf
+        lengths = torch.linalg.vector_norm(self.rows, dim=1)
+        lost = torch.linalg.vector_norm(self.rows - _rounded(self.rows, precision), dim=1)
+        error = lost[:ASKED] * lengths.max() + lengths[:ASKED] * lost.max()
+        nearest = self.squares <= self.kth[:, None]
+        left = self.squares <= (self.kth + 2 * error)[:, None]
+        more = float(left.sum() / nearest.sum())
+        measured: float = K / self.n_bank * log(max(self.n_bank / K, e)) * ((more - 1) / log(more) if more > 1 else 1)
+        return width * PLAIN[precision] + measured * self._of_a_pair()
 
     def _principal(self, n: int) -> torch.Tensor:
         """About the n directions of largest spread, orthonormal, float32 [D, n], the largest first.
@@ -175,6 +219,14 @@ class _Sample:
         reach = torch.zeros(n_cells).scatter_reduce_(0, cell, radius, "amax")
         near = distances[:ASKED] - reach <= self.kth.sqrt()[:, None]
         return (near * torch.bincount(cell, minlength=n_cells)).sum().item() / (len(near) * len(self.rows))
+
+
+def _rounded(rows: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """As `kernels.fill` rounds them, float32."""
+    if precision != torch.int8:
+        return rows.to(precision).float()
+    unit = rows.abs().amax(dim=1, keepdim=True).clamp_(min=kernels.SMALLEST) / 127
+    return (rows / unit).round() * unit
 
 
 def _contraction(matrix: torch.Tensor) -> Axes:
@@ -209,7 +261,7 @@ def _project(rows: Array, centre: Array, scale: float, axes: Axes | None, length
     return points
 
 
-def _cut(points: Array, middle: Array, scale: float, n_cells: int) -> Cells:
+def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: torch.dtype) -> Cells:
     """Sort points [M, m] into cells and round them into panels. middle float64 [m]: near their mean."""
     n_bank, width = points.shape
     centres = middle[None] if n_cells == 1 else _centres(points, middle, scale, n_cells)
@@ -223,23 +275,36 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int) -> Cells:
     order = np.full(n_panels * product.PANEL, -1)
     begins = np.concatenate([[0], np.cumsum(counts)])[:-1]
     order[np.arange(n_bank) + np.repeat(first[:-1] * product.PANEL - begins, counts)] = by_cell
-    in_pairs = low_precision() == torch.bfloat16
-    together = 2 if in_pairs else 1
-    shape = (n_panels, -(-width // together), together * product.PANEL)
-    values = np.zeros(shape, np.int16 if in_pairs else np.float32)
-    bias = np.empty((n_panels, product.PANEL), np.float32)
+    kind, together = PACKED[precision]
+    values = np.empty((n_panels, -(-width // together), together * product.PANEL), kind)
+    bias, units = np.empty((2, n_panels, product.PANEL), np.float32)
     inner, outer, residuals, lengths = np.full(n_panels, np.inf), *np.zeros((3, n_panels))
     cell_of = np.repeat(np.arange(n_cells), panels)
     spread(
         lambda s: kernels.fill(
-            points, centres, scale, order, cell_of, s.start, s.stop, values, bias, inner, outer, residuals, lengths
+            points,
+            centres,
+            scale,
+            order,
+            cell_of,
+            s.start,
+            s.stop,
+            values,
+            bias,
+            units,
+            inner,
+            outer,
+            residuals,
+            lengths,
         ),
         n_panels,
     )
     apart, _ = _distances(centres, centres, scale)
     slip = 32.0 * (width + 8) * 2.0**-53
     radii, residuals, lengths = (_largest_of(cell_of, n_cells, of_panel) for of_panel in (outer, residuals, lengths))
-    return Cells(order, first, centres, scale, radii, apart, inner, outer, values, bias, residuals, lengths, slip)
+    return Cells(
+        order, first, centres, scale, radii, apart, inner, outer, values, bias, units, residuals, lengths, slip
+    )
 
 
 def _largest_of(cell_of: Array, n_cells: int, of_panel: Array) -> Array:
