@@ -2,8 +2,8 @@
 
 The products live and die in the processor's registers: what comes out is one bit a pair. It is written in LLVM's own
 terms through numba, because neither a matrix library, which writes its products to memory, nor a compiled loop, which
-cannot name the instructions for pairs of bfloat16 and fours of int8, does it. On two cores with AVX512-BF16 it multiplies faster than the
-matrix library does (benchmarks/results).
+cannot name the instructions for pairs of bfloat16 and fours of int8, does it. On two cores with AVX512-BF16 it
+multiplies faster than the matrix library does (benchmarks/results).
 """
 
 from typing import Any
