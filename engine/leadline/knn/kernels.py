@@ -155,6 +155,15 @@ def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Arr
 
 
 @compiled
+def _apart(values: Array) -> int:
+    """Values from one row to the next, where rows lie as `product.reach` takes queries for panels of these values.
+
+    A little more than a row has: at a distance of a power of two they would drive each other out of the cache.
+    """
+    return values.shape[1] * values.shape[2] // PANEL + 64 // values.itemsize
+
+
+@compiled
 def fill(
     points: Array, centres: Array, scale: float, order: Array, cell: Array, first: int, stop: int, values: Array,
     bias: Array, units: Array, inner: Array, outer: Array, residuals: Array, lengths: Array,
@@ -165,8 +174,7 @@ def fill(
     # As words of 32 bits, each of which is one of float32, two of bfloat16 or four of int8. To add 128 to each of those
     # is to turn their highest bits over.
     words, turned = values.view(np.int32), np.int32(-0x7F7F7F80 if values.itemsize == 1 else 0)
-    # Rows a little apart: at a distance of a power of two they would drive each other out of the cache.
-    packed = np.zeros((PANEL, values.shape[1] * values.shape[2] // PANEL + 32), values.dtype)
+    packed = np.zeros((PANEL, _apart(values)), values.dtype)
     packed_words, floats = packed.view(np.int32), np.empty(points.shape[1], np.float32)
     for panel in range(first, stop):
         for i in range(PANEL):
@@ -357,8 +365,7 @@ def search_cells(
     cell.
     """
     n_queries, n_cells = ask.points.shape[0], cells.centres.shape[0]
-    width = cells.values.shape[1] * cells.values.shape[2] // PANEL
-    packed = np.zeros((BLOCK, width), cells.values.dtype)
+    packed = np.zeros((BLOCK, _apart(cells.values)), cells.values.dtype)
     which, lengths = np.empty(n_queries, np.int64), np.empty(n_queries)
     limits = np.empty(n_queries)
     for phase in range(NEAREST + 1):

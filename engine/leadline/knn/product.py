@@ -56,8 +56,8 @@ def reach(
 
     A sum that is not a number reaches every threshold. Returns int64: 0 where no bit is set.
 
-    queries [n, K], contiguous; panels [P, K / V, PANEL * V]: V values of each row side by side, 1 of float32, 2 of
-    bfloat16 (their bits, int16) or 4 of int8; bias float32 [P, PANEL], thresholds float32 [n]; masks WORD [GROUP].
+    queries [n, K or more], contiguous; panels [P, K / V, PANEL * V]: V values of each row side by side, 1 of float32,
+    2 of bfloat16 (their bits, int16) or 4 of int8; bias float32 [P, PANEL], thresholds float32 [n]; masks WORD [GROUP].
     Accumulated in float32, in the order of the values. Of int8 the product is that of the integers, which is exact,
     times units[panel, j] * of_queries[query + i] (float32 [P, PANEL] and [n], read for int8 alone, as are starts): the
     processor takes one side's for unsigned, so those of the panels have 128 added, and starts int32 [n] is -128 times
