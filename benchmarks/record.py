@@ -16,7 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
+
 from leadline.cluster.driver import processor
+from leadline.knn.product import HAS_BFLOAT16, HAS_INT8
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("leadline", "torch", "numpy", "numba", "pyarrow", "ray")
@@ -46,7 +49,10 @@ def commit() -> str:
 
 def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used"
+    # The name alone may be that of several generations.
+    units = [name for name, has in (("AVX512-BF16", HAS_BFLOAT16), ("AVX512-VNNI", HAS_INT8)) if has]
+    kind = ", ".join([llvm.get_host_cpu_name(), *units])
+    return f"{processor()} ({kind}), {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used"
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
