@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import leadline
 from leadline import LeadlineError
-from leadline.knn import Bank, count_votes, exact, kernels, plain, product, screen
+from leadline.knn import Bank, count_votes, exact, kernels, on_device, product, screen
 from leadline.knn.arrays import Shards
 from leadline.knn.distance import squared_distance
 
@@ -27,7 +27,12 @@ WAYS = {
     },
     "plain, in int8": {"SAMPLE": 64, "WIDTHS": (), "WORTH": 0, "precisions": lambda: [torch.int8]},
     "in tiles": {},
+    "in torch": {},
+    "in torch, cells": {"SAMPLE": 64, "WORTH": 2},
+    "in torch, projected": {"SAMPLE": 64, "WIDTHS": (2, 5), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 4},
+    "in torch, in tiles": {"SAMPLE": 64, "WORTH": 2},
 }  # fmt: skip
+TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS = {torch.float32: True, torch.bfloat16: product.HAS_BFLOAT16, torch.int8: product.HAS_INT8}
 
 
@@ -41,11 +46,17 @@ def way(request, monkeypatch):
     if request.param != "as it comes":
         # Measured in the rows' own precision first, whatever their width.
         monkeypatch.setattr(exact, "NARROW", 1)
-    if request.param != "in tiles":
-        return lambda bank, queries, k, exclude=None: Bank(bank).search(queries, k, exclude)
+    device = "cpu"
+    if "in torch" in request.param:
+        monkeypatch.setattr(exact, "COMPILED", ())
+        device = TORCH_DEVICE
+    if "in tiles" not in request.param:
+        return lambda bank, queries, k, exclude=None: Bank(bank, device).search(queries, k, exclude)
     monkeypatch.setattr(kernels, "BLOCK", 48)
+    for name, value in {"QUERIES": 13, "ROWS": 40, "BYTES": 1 << 12}.items():
+        monkeypatch.setattr(on_device, name, value)
     return lambda bank, queries, k, exclude=None: Bank(
-        Shards([bank[: len(bank) // 3], bank[len(bank) // 3 :]]), memory_budget=1
+        Shards([bank[: len(bank) // 3], bank[len(bank) // 3 :]]), device, memory_budget=1
     ).search(queries, k, exclude)
 
 
@@ -236,20 +247,6 @@ def test_threads_do_not_change_the_answer(way, threads):
     np.testing.assert_array_equal(found, brute_force(bank, bank[:300], 30))
 
 
-@pytest.mark.parametrize("name", hard_inputs())
-@pytest.mark.parametrize("tiles", [(512, 4096), (7, 64)])
-def test_plain_search_finds_the_same_neighbours(monkeypatch, name, tiles):
-    # What a GPU does, run here on the CPU.
-    monkeypatch.setattr(plain, "QUERY_TILE", tiles[0])
-    monkeypatch.setattr(plain, "BANK_TILE", tiles[1])
-    bank = hard_inputs()[name]
-    ready = Bank(bank)
-    own = np.arange(100) % len(bank)
-    found, counts = plain.search(bank, ready._centre, ready._longest, bank[own], 30, own, torch.device("cpu"))
-    np.testing.assert_array_equal(np.sort(found, axis=1), brute_force(bank, bank[own], 30, own))
-    assert sum(counts) == 100
-
-
 def test_fast_matmul_settings_do_not_change_the_answer(way):
     bank = hard_inputs()["offset by 1e4"]
     torch.set_float32_matmul_precision("medium")
@@ -262,26 +259,6 @@ def test_fast_matmul_settings_do_not_change_the_answer(way):
 
 
 BOUNDED = ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "wide", "tiny", "near ties")
-
-
-def test_bound_of_the_plain_search_holds_for_every_pair():
-    """score <= true score <= score + slack, for the rows and queries of hard inputs, in extended precision."""
-    for name in BOUNDED:
-        bank = hard_inputs()[name]
-        queries = bank[:40]
-        ready = Bank(bank)
-        frame = plain._frame(ready._centre, ready._longest, bank.shape[1])
-        rounded, norms = frame.place(queries)
-        slack = np.empty(len(bank))
-        nobody = np.full(len(queries), -1)
-        tiles = plain._screen(bank, frame, rounded, nobody, slack, torch.device("cpu"))
-        scores = np.concatenate([scores.numpy().copy() for _, _, scores in tiles], axis=1).astype(np.longdouble)
-        wide = (bank.astype(np.longdouble) - frame.centre) * frame.scale
-        true = np.square(wide[:40, None] - wide[None]).sum(axis=2) - np.square(wide[:40]).sum(axis=1)[:, None]
-        # The query's own error is the same for all its rows and left out of the scores.
-        error = frame.slack_queries * norms[:, None]
-        assert (scores - error <= true).all(), name
-        assert (true <= scores + slack + error).all(), name
 
 
 @njit
@@ -386,6 +363,45 @@ def test_no_pair_within_the_limit_is_left_out(dtype):
                                 tried += 1
                                 left_out += not bits(masks)[0, j]
     assert left_out > 0.1 * tried  # and the bound is not empty
+
+
+def test_no_pair_within_the_limit_is_left_out_in_torch(monkeypatch):
+    monkeypatch.setattr(on_device, "decide", lambda *_: screen.Plan(None, True, torch.bfloat16))
+    monkeypatch.setattr(on_device, "cells_of", lambda _: 3)
+    device = torch.device(TORCH_DEVICE)
+    left_out = tried = 0
+    for name in BOUNDED:
+        bank = hard_inputs()[name]
+        ready = Bank(bank)
+        there = on_device.prepare(bank, ready._centre, ready._scale, device)
+        for c in range(3):
+            part = slice(there.first[c], there.first[c + 1])
+            rows = there.order[part].cpu().numpy()
+            placed = (bank.astype(np.longdouble) - there.centres[c].cpu().numpy()) * ready._scale
+            for query in range(0, 60, 7):
+                packed, alpha, lost = on_device._rounded(there.bank[query : query + 1], there.centres[c], there.unit)
+                true = np.sqrt(np.square(placed[rows] - placed[query]).sum(axis=1)).astype(np.float64)
+                for share in (1, 0.99):
+                    limits = torch.from_numpy(share * true * (1 + 1e-15)).to(device)
+                    thresholds = there.thresholds(c, alpha, lost, limits)
+                    # The query once for each row, with the limit that is that row's distance.
+                    i, j = on_device.reached(
+                        packed.expand(len(rows), -1), there.values[part], there.bias[part], thresholds
+                    )
+                    n = int((i == j).sum())
+                    if share == 1:
+                        assert n == len(rows), (name, query)
+                    else:
+                        tried += len(rows)
+                        left_out += len(rows) - n
+    assert left_out > 0.1 * tried
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 128, 129, 300, 784, 5000])
+def test_torch_adds_up_squares_as_numpy_does(width):
+    squares = np.random.default_rng(width).standard_normal((20, width)) ** 2
+    found = on_device._pairwise(torch.from_numpy(squares).to(TORCH_DEVICE)).cpu().numpy()
+    np.testing.assert_array_equal(found, [row.sum() for row in squares])
 
 
 @pytest.mark.parametrize("dtype", HAS)

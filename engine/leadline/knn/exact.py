@@ -1,6 +1,6 @@
 """Exact nearest neighbours: bounds that are proved leave rows out, and float64 decides wherever they leave a doubt.
 
-The proofs are in docs/decisions: 0002 for the distance that decides and the plain search, 0004 for the screen.
+The proofs are in docs/decisions: 0002 for the distance that decides, 0004 for the screen.
 """
 
 from dataclasses import astuple, dataclass
@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
-from leadline.knn import kernels, plain
+from leadline.knn import kernels, on_device
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
-from leadline.knn.product import GROUP, PANEL
 from leadline.knn.rank import by_distance, rank_doubtful
 from leadline.knn.screen import NARROW, Screen, cells_of, error_of, prepare, scale_of
 from leadline.knn.threads import full_precision, spread
@@ -23,6 +22,8 @@ SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
 SHARE = 6  # one part for a tile's rows, the others for what is made of them, the queries, and the work
 DEVICES = ("cpu", "cuda")
+COMPILED = ("cpu",)  # devices that have compiled loops; on the others all is done in torch
+Tile = tuple[Array, Screen | on_device.DeviceScreen]  # bank rows, and what they are seen through
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,20 @@ class Bank:
             raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
         self._rows = rows
         n_bank, width = rows.shape
-        # float32 rows and as many bytes again for what is made of them, at most.
-        fits = is_in_memory(rows) or 8 * n_bank * width <= memory_budget
+        self._compiled = self._device.type in COMPILED
+        # float32 rows and as many bytes again for what is made of them, at most; on a device the rows are a copy.
+        fits = (self._compiled and is_in_memory(rows)) or 8 * n_bank * width <= memory_budget
         self._step = n_bank if fits else max(kernels.BLOCK, memory_budget // (SHARE * 4 * width))
         # Queries, each with its values and its distance from every cell's centre.
         self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * max(width, cells_of(n_bank))))
         self._centre, self._longest = survey(rows, self._step)
         self._scale = scale_of(self._longest)
-        self._ready = self._prepare(0) if fits and self._device.type == "cpu" else None
+        self._ready = self._prepare(0) if fits else None
         if self._ready:
             self._rows = self._ready[0]  # wherever they came from, they are in memory now
         self.plan = f"{-(-n_bank // self._step)} tiles of {self._step} rows"
         if self._ready:
             self.plan = self._ready[1].plan
-        elif self._device.type != "cpu":
-            self.plan = f"all {width} values, float32"
 
     def search(
         self, queries: Rows, k: int, exclude: Array | None = None, winners_of: Array | None = None
@@ -104,13 +104,7 @@ class Bank:
                 part = slice(first, first + self._at_once)
                 asked = copied(queries, part)
                 refuse_non_finite(asked, first, "query")
-                if self._device.type == "cpu":
-                    chosen[part], spent = self._search(asked, k, own[part], winners_of)
-                else:
-                    chosen[part], counts = plain.search(
-                        self._rows, self._centre, self._longest, asked, k, own[part], self._device
-                    )
-                    spent = Cost(len(asked) * n_bank, 0, 2 * asked.size * n_bank, 0, 0, 0, *counts)
+                chosen[part], spent = self._search(asked, k, own[part], winners_of)
                 cost += spent
         cost += Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
         return np.sort(chosen, axis=1), cost
@@ -123,7 +117,7 @@ class Bank:
         return by_distance(self._rows, queries, rows)
 
     def _search(self, queries: Array, k: int, exclude: Array, winners_of: Array | None) -> tuple[Array, Cost]:
-        """On the CPU: measured in the rows' own precision where that pays, then what is still open in float64."""
+        """Measured in the rows' own precision where that pays, then what is still open in float64."""
         n_queries, width = queries.shape
         if width < NARROW or not 1 / SCALES < self._scale < SCALES:
             _, chosen, cost = self._nearest(queries, k, exclude, k, exact=True)
@@ -153,30 +147,25 @@ class Bank:
         return distances, rows, cost
 
     def _search_tile(
-        self, first: int, ready: tuple[Array, Screen], queries: Array, k: int, exclude: Array, exact: bool,
-        distances: Array, rows: Array,
+        self, first: int, ready: Tile, queries: Array, k: int, exclude: Array, exact: bool, distances: Array,
+        rows: Array,
     ) -> Cost:  # fmt: skip
         """Take the rows of a tile, `first` and following, into the lists of the queries."""
         tile, screen = ready
         own = np.where((exclude >= first) & (exclude < first + len(tile)), exclude - first, -1)
         error = self._error(queries, exact)
-
-        def part(s: slice) -> Cost:
-            done = np.zeros(3, np.int64)
-            ask = screen.ask(queries[s], own[s], k, error, exact)
-            kernels.search_cells(screen.cells, ask, tile, first, distances[s], rows[s], done)
-            return _cost(screen, queries[s], done)
-
-        return sum(spread(part, len(queries)), NOTHING)
+        return _cost(screen, queries, screen.search(tile, first, queries, own, k, error, exact, distances, rows))
 
     def _error(self, queries: Array, exact: bool) -> float:
         in_float64 = np.result_type(queries, self._rows[:1]) == np.float64
         return error_of(queries.shape[1], in_float64, exact)
 
-    def _prepare(self, first: int) -> tuple[Array, Screen]:
+    def _prepare(self, first: int) -> Tile:
         tile = copied(self._rows, slice(first, first + self._step))
         with full_precision():
-            return tile, prepare(tile, self._centre, self._scale)
+            if self._compiled:
+                return tile, prepare(tile, self._centre, self._scale)
+            return tile, on_device.prepare(tile, self._centre, self._scale, self._device)
 
 
 NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -186,10 +175,10 @@ def _settled(certified: int, reranked: int, fell_through: int) -> Cost:
     return Cost(0, 0, 0, 0, 0, 0, certified, reranked, fell_through)
 
 
-def _cost(screen: Screen, queries: Array, done: Array) -> Cost:
-    steps, measured, visits = (int(count) for count in done)
-    n_cells, seen = screen.cells.centres.shape
-    pairs, in_all = steps * GROUP * PANEL, len(queries) * n_cells
+def _cost(screen: Screen | on_device.DeviceScreen, queries: Array, done: Array) -> Cost:
+    pairs, measured, visits = (int(count) for count in done)
+    n_cells, seen = screen.centres.shape
+    in_all = len(queries) * n_cells
     projected = 2 * seen * queries.shape[1] * len(queries) if screen.axes else 0
     flops = 2 * seen * (pairs + in_all) + 3 * queries.shape[1] * measured + projected
     return Cost(pairs, measured, flops, 0, visits, in_all, 0, 0, 0)

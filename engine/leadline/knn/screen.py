@@ -59,6 +59,32 @@ class Screen:
     cells: Cells
     plan: str
 
+    def search(
+        self, bank: Array, number: int, queries: Array, own: Array, k: int, error: float, exact: bool, kept: Array,
+        rows: Array,
+    ) -> Array:  # fmt: skip
+        """Take all rows of the bank [M, D] that may be among a query's k nearest into its list.
+
+        number: of the bank's first row; own int64 [Q]: the row that each query [Q, D] must not have, -1 for none.
+        exact: distances are the float64 ones that decide, else measured to within `error` of themselves. kept float64
+        [Q, S >= k], rows int64 [Q, S]: squared distances in the order of (distance, row), filled with infinity and the
+        largest row number before. Returns int64 [3]: pairs screened, pairs measured, visits of a query to a cell.
+        """
+
+        def part(s: slice) -> Array:
+            done = np.zeros(3, np.int64)
+            ask = self.ask(queries[s], own[s], k, error, exact)
+            kernels.search_cells(self.cells, ask, bank, number, kept[s], rows[s], done)
+            return done
+
+        steps, measured, visits = np.sum(spread(part, len(queries)), axis=0)
+        return np.array([steps * product.GROUP * product.PANEL, measured, visits])
+
+    @property
+    def centres(self) -> Array:
+        """Of the cells, float64 [C, m]."""
+        return self.cells.centres
+
     def ask(self, queries: Array, own: Array, k: int, error: float, exact: bool) -> Question:
         """Queries [Q, D] as the cells see them; own int64 [Q]: the bank row that each must not have, -1 for none."""
         cells, lengths = self.cells, np.zeros(len(queries))
@@ -111,7 +137,7 @@ def precisions() -> list[torch.dtype]:
 def prepare(rows: Array, centre: Array, scale: float) -> Screen:
     """Decide on a sample how a bank [M, D] is searched, and make it ready. `centre` and `scale`: see `Screen`."""
     n_bank, width = rows.shape
-    plan = _Sample(rows, centre, scale).decide() if n_bank >= SAMPLE else Plan(None, False, _of_cells())
+    plan = decide(rows, centre, scale)
     axes, n_cells = plan.axes, cells_of(n_bank) if plan.in_cells else 1
     points = np.concatenate(spread(lambda s: _project(rows[s], centre, scale, axes), n_bank)) if axes else rows
     middle, unit = (np.zeros(points.shape[1]), 1.0) if axes else (centre, scale)
@@ -128,6 +154,11 @@ class Plan:
     axes: Axes | None
     in_cells: bool
     precision: torch.dtype
+
+
+def decide(rows: Array, centre: Array, scale: float) -> Plan:
+    """By a sample of the bank's rows [M, D]; small banks are searched as they are."""
+    return _Sample(rows, centre, scale).decide() if len(rows) >= SAMPLE else Plan(None, False, _of_cells())
 
 
 def _of_cells() -> torch.dtype:
@@ -264,7 +295,9 @@ def _project(rows: Array, centre: Array, scale: float, axes: Axes | None, length
 def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: torch.dtype) -> Cells:
     """Sort points [M, m] into cells and round them into panels. middle float64 [m]: near their mean."""
     n_bank, width = points.shape
-    centres = middle[None] if n_cells == 1 else _centres(points, middle, scale, n_cells)
+    centres = middle[None]
+    if n_cells > 1:
+        centres = centres_of(torch.from_numpy(points), torch.from_numpy(middle), scale, n_cells).numpy()
     cell, radius = np.empty(n_bank, np.int64), np.empty(n_bank)
     spread(lambda s: _assign(points[s], centres, scale, cell[s], radius[s]), n_bank)
     by_cell = np.lexsort((radius, cell))
@@ -314,12 +347,11 @@ def _largest_of(cell_of: Array, n_cells: int, of_panel: Array) -> Array:
     return largest
 
 
-def _centres(points: Array, middle: Array, scale: float, n_cells: int) -> Array:
-    """Centres of cells, float64 [C, m], from some of the points."""
+def centres_of(points: torch.Tensor, middle: torch.Tensor, scale: float, n_cells: int) -> torch.Tensor:
+    """Centres of cells, float64 [C, m], from some of the points [M, m]. middle float64 [m]: near their mean."""
     chosen = np.random.default_rng(0).choice(len(points), min(len(points), OF_A_CELL * n_cells), replace=False)
-    sample = torch.from_numpy(((points[chosen] - middle) * scale).astype(np.float32))
-    centres: Array = _kmeans(sample, n_cells).double().numpy() / scale + middle
-    return centres
+    some = points[torch.from_numpy(chosen).to(points.device)]
+    return _kmeans(((some - middle) * scale).float(), n_cells).double() / scale + middle
 
 
 def _kmeans(sample: torch.Tensor, n_cells: int) -> torch.Tensor:
@@ -347,11 +379,15 @@ def _assign(points: Array, centres: Array, scale: float, cell: Array, radius: Ar
         radius[part] = distances.min(axis=0)
 
 
-def _distances(centres: Array, points: Array, scale: float) -> tuple[Array, Array]:
+def distances(centres: torch.Tensor, points: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled distances float64 [C, n], and the points' squared lengths from the middle of the centres, [n]."""
-    middle = centres.mean(axis=0)
-    a = torch.from_numpy((centres - middle) * scale)
-    b = torch.from_numpy((points - middle) * scale)
+    middle = centres.mean(dim=0)
+    a, b = (centres - middle) * scale, (points - middle) * scale
     lengths = b.square().sum(dim=1)
     squares = torch.addmm(lengths[None], a, b.T, alpha=-2).add_(a.square().sum(dim=1)[:, None])
-    return squares.clamp_min_(0).sqrt_().numpy(), lengths.numpy()
+    return squares.clamp_min_(0).sqrt_(), lengths
+
+
+def _distances(centres: Array, points: Array, scale: float) -> tuple[Array, Array]:
+    found, lengths = distances(torch.from_numpy(centres), torch.from_numpy(points), scale)
+    return found.numpy(), lengths.numpy()

@@ -32,10 +32,13 @@ def spread(work: Callable[[slice], Result], n: int) -> list[Result]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """The bounds are of the products as they are asked for: short cuts by TF32 and bfloat16 are switched off."""
-    before = torch.get_float32_matmul_precision()
+    """The bounds are of the products as they are asked for: short cuts by TF32 and bfloat16 sums are switched off."""
+    cuda = torch.backends.cuda.matmul
+    before, sums = torch.get_float32_matmul_precision(), cuda.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
+    cuda.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        cuda.allow_bf16_reduced_precision_reduction = sums
