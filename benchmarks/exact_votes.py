@@ -9,7 +9,8 @@ python benchmarks/exact_votes.py layers RUN        what can be left out, by laye
 
 The first three time whole calls: for Leadline all of survey, clustering, conversion, search, certificate and re-rank.
 Competitors run in this process, in turns with Leadline; a ratio is the competitor's time divided by Leadline's, in the
-same round, and the figure told is the median of rounds. Writes benchmarks/results/exact_votes-COMMAND-NAME.json.
+same round, and the figure told is the median of rounds. Writes
+benchmarks/results/exact_votes-COMMAND-NAME-PROCESSOR.json.
 """
 
 import os
@@ -226,13 +227,13 @@ def gaussian(
     bank: Annotated[int, typer.Option(min=64, help="rows")] = 54_000,
     queries: Annotated[int, typer.Option(min=64)] = 4096,
     float32: Annotated[
-        bool, typer.Option("--float32", help="screen in float32, as without units for bfloat16 or int8")
+        bool, typer.Option("--float32", help="as a processor without instructions for bfloat16 and products of int8")
     ] = False,
 ) -> None:
     """Gaussian noise: no clusters and no directions that matter, so nothing can be left out beforehand."""
     limits = machine_limits(threads)
     if float32:
-        screen.precisions = lambda: [torch.float32]
+        screen.precisions = lambda: [torch.float32, torch.int16]
     rows = []
     for width in widths:
         random = np.random.default_rng(0)

@@ -56,8 +56,8 @@ def hardware() -> str:
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Write benchmarks/results/NAME.json."""
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    """Write benchmarks/results/NAME-PROCESSOR.json: figures of two kinds of processor stand side by side."""
+    (RESULTS / f"{name}-{llvm.get_host_cpu_name()}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

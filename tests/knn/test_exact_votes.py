@@ -1,5 +1,9 @@
 """Votes against brute force in float64, and against scikit-learn, on inputs where a careless search goes wrong."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +29,8 @@ WAYS = {
         "SAMPLE": 64, "WIDTHS": (3,), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 6,
         "precisions": lambda: [torch.float32],
     },
+    "plain, in int16": {"SAMPLE": 64, "WIDTHS": (), "WORTH": 0, "precisions": lambda: [torch.int16, torch.float32]},
+    "cells in int16": {"SAMPLE": 64, "WORTH": 2, "precisions": lambda: [torch.int16, torch.float32]},
     "plain, in int8": {"SAMPLE": 64, "WIDTHS": (), "WORTH": 0, "precisions": lambda: [torch.int8]},
     "in tiles": {},
     "in torch": {},
@@ -33,14 +39,20 @@ WAYS = {
     "in torch, in tiles": {"SAMPLE": 64, "WORTH": 2},
 }  # fmt: skip
 TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS = {torch.float32: True, torch.bfloat16: product.HAS_BFLOAT16, torch.int8: product.HAS_INT8}
+HAS = {
+    torch.float32: True,
+    torch.int16: product.HAS_INT16,
+    torch.bfloat16: product.HAS_BFLOAT16,
+    torch.int8: product.HAS_INT8,
+}
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Each of the ways that a search can go, whatever the size of the bank and the processor; `search` follows it."""
-    if "int8" in request.param and not product.HAS_INT8:
-        pytest.skip("this processor does not multiply int8")
+    for kind, has in (("int8", product.HAS_INT8), ("int16", product.HAS_INT16)):
+        if kind in request.param and not has:
+            pytest.skip(f"this processor does not multiply {kind}")
     for name, value in WAYS[request.param].items():
         monkeypatch.setattr(screen, name, value)
     if request.param != "as it comes":
@@ -265,7 +277,10 @@ BOUNDED = ("plain", "offset by 1e4", "saturated softmax", "unequal clusters", "w
 def reached(packed, values, panel, bias, units, thresholds, of_queries):
     """Bit j of [i]: as `product.reach` has it for the queries 0 to GROUP - 1."""
     masks = np.zeros(product.GROUP, product.WORD)
-    starts = np.array([-128 * np.int64(packed[i].sum()) for i in range(product.GROUP)]).astype(np.int32)
+    starts = np.zeros(product.GROUP, np.int32)
+    if packed.itemsize == 1:
+        for i in range(product.GROUP):
+            starts[i] = -128 * np.int64(packed[i].sum())
     product.reach(packed, 0, values, panel, bias, units, thresholds, starts, of_queries, masks)
     return masks
 
@@ -276,11 +291,12 @@ def bits(masks):
 
 def drawn(dtype, random, n, width):
     """Random values [n, width], as numpy has them and as `reach` takes them."""
-    if dtype == torch.int8:
-        whole = random.integers(-127, 128, (n, width)).astype(np.int8)
+    most = screen.largest_integer(dtype, width)
+    if most:
+        whole = random.integers(-most, most + 1, (n, width)).astype(screen.PACKED[dtype][0])
         return whole.astype(np.float64), whole
     values = torch.from_numpy(random.standard_normal((n, width))).to(dtype)
-    return values.double().numpy(), values.view(torch.int16 if dtype == torch.bfloat16 else dtype).numpy()
+    return values.double().numpy(), values.view(torch.uint16 if dtype == torch.bfloat16 else dtype).numpy()
 
 
 @pytest.mark.parametrize("dtype", HAS)
@@ -298,12 +314,13 @@ def test_products_reach_what_they_reach_in_float64(dtype, width):
     values = np.ascontiguousarray(values.reshape(3, -1, product.PANEL * together))
     bias = random.standard_normal((3, product.PANEL)).astype(np.float32)
     units = random.uniform(0.5, 2, (3, product.PANEL)).astype(np.float32)
-    of_queries = random.uniform(0.5, 2, product.GROUP).astype(np.float32) / np.float32(127**2)
+    most = screen.largest_integer(dtype, width)
+    of_queries = random.uniform(0.5, 2, product.GROUP).astype(np.float32) / np.float32(max(1, most) ** 2)
     thresholds = random.standard_normal(product.GROUP).astype(np.float32)
     for panel in range(3):
         masks = reached(packed, values, panel, bias, units, thresholds, of_queries)
         sums = queries @ rows[panel * product.PANEL : (panel + 1) * product.PANEL].T
-        if dtype == torch.int8:
+        if most:
             sums = sums * of_queries[:, None] * units[panel]
         sums += bias[panel]
         clear = np.abs(sums - thresholds[:, None]) > 1e-4 * width**0.5
@@ -341,7 +358,9 @@ def test_no_pair_within_the_limit_is_left_out(dtype):
             packed = np.zeros((product.GROUP, width), cells.values.dtype)
             floats = np.empty(bank.shape[1], np.float32)
             for query in range(0, 60, 7):
-                alpha, lost, unit = kernels._round(bank[query], cells.centres[c], ready._scale, floats, packed[0])
+                alpha, lost, unit = kernels._round(
+                    bank[query], cells.centres[c], ready._scale, floats, packed[0], cells.whole
+                )
                 of_queries = np.full(product.GROUP, unit, np.float32)
                 for panel in range(cells.first[c], min(cells.first[c] + 2, cells.first[c + 1])):
                     rows = cells.order[panel * product.PANEL : (panel + 1) * product.PANEL]
@@ -410,11 +429,12 @@ def test_rounding_takes_away_no_more_than_it_says(dtype):
     for name in BOUNDED:
         bank = hard_inputs()[name]
         ready, floats = Bank(bank), np.empty(bank.shape[1], np.float32)
+        most = screen.largest_integer(dtype, bank.shape[1])
         for row in bank[:60:7]:
             packed = np.zeros(bank.shape[1], kind)
-            square, lost, unit = kernels._round(row, ready._centre, ready._scale, floats, packed)
+            square, lost, unit = kernels._round(row, ready._centre, ready._scale, floats, packed, most)
             whole = (row.astype(np.longdouble) - ready._centre) * ready._scale
-            values = (packed.astype(np.int32) << 16).view(np.float32) if kind == np.int16 else packed
+            values = (packed.astype(np.int32) << 16).view(np.float32) if dtype == torch.bfloat16 else packed
             true = np.sqrt(np.square(whole - values.astype(np.longdouble) * unit).sum())
             assert true <= lost <= 1.01 * true + 1e-6 * np.sqrt(square), name
             np.testing.assert_allclose(square, np.square(whole).sum(), rtol=1e-12)
@@ -621,3 +641,16 @@ def test_banks_and_queries_may_lie_in_files(tmp_path, dtype):
                 memory_budget=budget,
             )  # fmt: skip
             np.testing.assert_array_equal(stacked(found), expected)
+
+
+@pytest.mark.slow
+def test_a_processor_with_avx2_alone_gives_the_same_answers():
+    """The tests of this file again, compiled as for a processor of 2013."""
+    if product.VECTORS == 1:
+        pytest.skip("this processor has no AVX-512: that its own way is right is tested by all the others")
+    features = "+avx2,+fma,+avx,+sse4.2,+sse4.1,+ssse3,+sse3,+sse2,+popcnt,+bmi,+bmi2,+lzcnt,+f16c,-avx512f"
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "not torch", "-m", "not slow"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "passed" in again.stdout

@@ -13,7 +13,7 @@ FLOAT32 = 2.0**-24  # unit roundoff
 MARGIN = 1e-6  # of float32 and float64 arithmetic on bounds, beside which it is negligible
 UNDERFLOW = 1e-30  # of anything that float32 rounds to zero, once the longest row has length 1
 FAR = 1e60  # squared length of a query whose products may overflow: it is compared with every row
-SMALLEST, LARGEST = 1e-30, 1e30  # of the values that int8 integers stand for
+SMALLEST, LARGEST = 1e-30, 1e30  # of the values that integers stand for
 CHUNK = 512  # squares that are added up in the rows' own precision, before float64 takes them over
 BLOCK = 40 * GROUP  # queries that are rounded together
 CACHED = 1 << 18  # bytes of panels that stay in the processor's cache while a block of queries goes over them
@@ -31,8 +31,9 @@ class Cells(NamedTuple):
     centres float64 [C, m]; scale: of coordinates; radii float64 [C]: the longest row; apart float64 [C, C]: distances
     of centres; inner, outer float64 [P]: the least and largest length in each panel; values: the panels as
     `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, rounded up; units float32
-    [P, PANEL]: what an integer of int8 stands for; residuals, lengths float64 [C]: the largest of what rounding took
-    away from a row, and of the rounded rows' lengths. slip: squared distances from centres are off by at most
+    [P, PANEL]: what an integer stands for; whole: the largest integer, 0 where values are none; residuals, lengths
+    float64 [C]: the largest of what rounding took away from a row, and of the rounded rows' lengths. slip: squared
+    distances from centres are off by at most
     slip * (1 + the squared length of the vector).
     """
 
@@ -47,6 +48,7 @@ class Cells(NamedTuple):
     values: Array
     bias: Array
     units: Array
+    whole: int
     residuals: Array
     lengths: Array
     slip: float
@@ -112,13 +114,15 @@ def square_lengths(rows: Array, centre: Array, scale: float, squares: Array) -> 
 
 
 @_any_order
-def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Array) -> tuple[float, float, float]:
-    """packed = scale * (point - centre), rounded: float32 [K], bfloat16 (its bits, int16), or int8, integers that stand
-    for so many units.
+def _round(
+    point: Array, centre: Array, scale: float, floats: Array, packed: Array, whole: int
+) -> tuple[float, float, float]:
+    """packed = scale * (point - centre), rounded: float32 [K], bfloat16 (its bits, uint16), or int16 or int8, integers
+    of up to `whole` that stand for so many units.
 
     Returns the squared length before rounding, no less than the length of what was lost, and the unit (a float32; 1
-    where packed is not int8). floats float32 [m]: for use here. What of `packed` lies beyond the point's m values is
-    left alone.
+    where packed is not of integers). whole: 0 where it is not. floats float32 [m]: for use here. What of `packed` lies
+    beyond the point's m values is left alone.
     """
     width = point.shape[0]
     square, unit = 0.0, np.float32(1)
@@ -127,23 +131,23 @@ def _round(point: Array, centre: Array, scale: float, floats: Array, packed: Arr
         square += value * value
         floats[j] = np.float32(value)
     lost = 0.0
-    if packed.itemsize == 1:
-        largest = np.float32(SMALLEST)
+    if whole > 0:
+        largest, most = np.float32(SMALLEST), np.float32(whole)
         for j in range(width):
             largest = max(largest, abs(floats[j]))
-        unit = min(largest, np.float32(LARGEST)) / np.float32(127)
+        unit = min(largest, np.float32(LARGEST)) / most
         per = np.float32(1) / unit
         for j in range(width):
-            whole = min(max(np.rint(floats[j] * per), np.float32(-127)), np.float32(127))
-            packed[j] = np.int8(whole)
-            difference = np.float64(floats[j]) - np.float64(unit) * np.float64(whole)
+            integer = min(max(np.rint(floats[j] * per), -most), most)
+            packed[j] = np.int32(integer)
+            difference = np.float64(floats[j]) - np.float64(unit) * np.float64(integer)
             lost += difference * difference
     elif packed.itemsize == 2:
         bits = floats.view(np.int32)
         for j in range(width):
             # To the nearest, of two the even one.
             up = bits[j] + np.int32(0x7FFF) + ((bits[j] >> np.int32(16)) & np.int32(1))
-            packed[j] = np.int16(up >> np.int32(16))
+            packed[j] = np.uint16(up >> np.int32(16))
             bits[j] = np.int32(up & np.int32(-65536))
         for j in range(width):
             difference = np.float64(np.float32(_scaled(point[j], centre[j], scale))) - np.float64(floats[j])
@@ -166,13 +170,13 @@ def _apart(values: Array) -> int:
 @compiled
 def fill(
     points: Array, centres: Array, scale: float, order: Array, cell: Array, first: int, stop: int, values: Array,
-    bias: Array, units: Array, inner: Array, outer: Array, residuals: Array, lengths: Array,
+    bias: Array, units: Array, whole: int, inner: Array, outer: Array, residuals: Array, lengths: Array,
 ) -> None:  # fmt: skip
     """Round rows into the panels first … stop; the names are those of `Cells`, but that residuals, lengths float64 [P]
     are of panels, whose cells are `cell` int64 [P].
     """
-    # As words of 32 bits, each of which is one of float32, two of bfloat16 or four of int8. To add 128 to each of those
-    # is to turn their highest bits over.
+    # As words of 32 bits, each of which is one of float32, two of bfloat16 or int16, or four of int8. To add 128 to
+    # each of these is to turn their highest bits over.
     words, turned = values.view(np.int32), np.int32(-0x7F7F7F80 if values.itemsize == 1 else 0)
     packed = np.zeros((PANEL, _apart(values)), values.dtype)
     packed_words, floats = packed.view(np.int32), np.empty(points.shape[1], np.float32)
@@ -183,7 +187,7 @@ def fill(
                 bias[panel, i], units[panel, i] = -np.inf, 0
                 packed[i] = 0
                 continue
-            square, lost, units[panel, i] = _round(points[row], centres[cell[panel]], scale, floats, packed[i])
+            square, lost, units[panel, i] = _round(points[row], centres[cell[panel]], scale, floats, packed[i], whole)
             length = np.sqrt(square)
             bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
             inner[panel] = min(inner[panel], length * (1 - MARGIN))
@@ -287,7 +291,7 @@ def _visit(
         thresholds[:] = np.inf
         for i in range(n):
             point, centre = ask.points[queries[i]], cells.centres[c]
-            alphas[i], losts[i], units[i] = _round(point, centre, cells.scale, floats, packed[i])
+            alphas[i], losts[i], units[i] = _round(point, centre, cells.scale, floats, packed[i], cells.whole)
             if packed.itemsize == 1:
                 starts[i] = -128 * packed[i].sum()
             limits[i] = _limit(distances[queries[i], last_of_k], unit, error, grow, ask.slips[queries[i]])

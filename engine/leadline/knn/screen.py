@@ -7,7 +7,7 @@ measured in full (`kernels.search_cells`).
 """
 
 from dataclasses import dataclass
-from math import e, inf, log
+from math import e, inf, isqrt, log
 
 import numpy as np
 import torch
@@ -31,8 +31,13 @@ DEPTH = 1024  # values that one float32 product adds up
 SCREENED, MEASURED, OF_A_VALUE = 0.005, 90.0, 0.07
 # Of a value of a pair that is screened, where nothing is left out; and how `product.reach` takes it: type, and so many
 # side by side.
-PLAIN = {torch.float32: 0.02, torch.bfloat16: 0.01, torch.int8: 0.005}
-PACKED = {torch.float32: (np.float32, 1), torch.bfloat16: (np.int16, 2), torch.int8: (np.int8, 4)}
+PLAIN = {torch.float32: 0.02, torch.int16: 0.012, torch.bfloat16: 0.01, torch.int8: 0.005}
+PACKED = {
+    torch.float32: (np.float32, 1),
+    torch.int16: (np.int16, 2),
+    torch.bfloat16: (np.uint16, 2),
+    torch.int8: (np.int8, 4),
+}
 WORTH = 0.75  # share of rows in cells that stay, above which one cell does as well
 OF_A_CELL = 128  # rows that k-means looks at
 
@@ -130,8 +135,20 @@ def cells_of(n_rows: int) -> int:
 
 def precisions() -> list[torch.dtype]:
     """What this processor multiplies in one instruction, the finest first."""
-    has = {torch.float32: True, torch.bfloat16: product.HAS_BFLOAT16, torch.int8: product.HAS_INT8}
+    has = {
+        torch.float32: True,
+        torch.int16: product.HAS_INT16,
+        torch.bfloat16: product.HAS_BFLOAT16,
+        torch.int8: product.HAS_INT8,
+    }
     return [dtype for dtype in PLAIN if has[dtype]]
+
+
+def largest_integer(precision: torch.dtype, width: int) -> int:
+    """That values are rounded to: of int16, such that no sum of so many products goes beyond int32; 0: no integers."""
+    if precision == torch.int16:
+        return min(2**15 - 1, isqrt((2**31 - 1) // max(1, width)))
+    return 127 if precision == torch.int8 else 0
 
 
 def prepare(rows: Array, centre: Array, scale: float) -> Screen:
@@ -163,7 +180,8 @@ def decide(rows: Array, centre: Array, scale: float) -> Plan:
 
 def _of_cells() -> torch.dtype:
     """What is multiplied where most pairs are left out beforehand, so that a coarser product would save little."""
-    return torch.bfloat16 if torch.bfloat16 in precisions() else torch.float32
+    usable = precisions()
+    return next((dtype for dtype in (torch.bfloat16, torch.int16) if dtype in usable), torch.float32)
 
 
 class _Sample:
@@ -254,9 +272,10 @@ class _Sample:
 
 def _rounded(rows: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
     """As `kernels.fill` rounds them, float32."""
-    if precision != torch.int8:
+    whole = largest_integer(precision, rows.shape[1])
+    if not whole:
         return rows.to(precision).float()
-    unit = rows.abs().amax(dim=1, keepdim=True).clamp_(min=kernels.SMALLEST) / 127
+    unit = rows.abs().amax(dim=1, keepdim=True).clamp_(min=kernels.SMALLEST) / whole
     return (rows / unit).round() * unit
 
 
@@ -308,7 +327,7 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
     order = np.full(n_panels * product.PANEL, -1)
     begins = np.concatenate([[0], np.cumsum(counts)])[:-1]
     order[np.arange(n_bank) + np.repeat(first[:-1] * product.PANEL - begins, counts)] = by_cell
-    kind, together = PACKED[precision]
+    (kind, together), whole = PACKED[precision], largest_integer(precision, width)
     values = np.empty((n_panels, -(-width // together), together * product.PANEL), kind)
     bias, units = np.empty((2, n_panels, product.PANEL), np.float32)
     inner, outer, residuals, lengths = np.full(n_panels, np.inf), *np.zeros((3, n_panels))
@@ -325,6 +344,7 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
             values,
             bias,
             units,
+            whole,
             inner,
             outer,
             residuals,
@@ -336,7 +356,7 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
     slip = 32.0 * (width + 8) * 2.0**-53
     radii, residuals, lengths = (_largest_of(cell_of, n_cells, of_panel) for of_panel in (outer, residuals, lengths))
     return Cells(
-        order, first, centres, scale, radii, apart, inner, outer, values, bias, units, residuals, lengths, slip
+        order, first, centres, scale, radii, apart, inner, outer, values, bias, units, whole, residuals, lengths, slip
     )
 
 
