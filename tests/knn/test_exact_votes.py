@@ -342,19 +342,23 @@ def test_the_largest_sum_of_int8_products_is_still_an_integer():
     assert not bits(reached(packed, values, 0, none, one, (sums + 1e4).astype(np.float32), each)).any()
 
 
-@pytest.mark.parametrize("dtype", HAS)
-def test_no_pair_within_the_limit_is_left_out(dtype):
+@pytest.mark.parametrize("n_cells", [1, 3])
+@pytest.mark.parametrize("dtype", [*HAS, "int16, as coarse as int8"])
+def test_no_pair_within_the_limit_is_left_out(dtype, n_cells, monkeypatch):
     """With the true distance of a pair as the limit, its product reaches the threshold: in extended precision."""
+    if isinstance(dtype, str):
+        dtype = torch.int16
+        monkeypatch.setattr(screen, "largest_integer", lambda *_: 127)
     if not HAS[dtype]:
         pytest.skip(f"this processor does not multiply {dtype}")
     left_out = tried = 0
     for name in BOUNDED:
         bank = hard_inputs()[name]
         ready = Bank(bank)
-        cells = screen._cut(bank, ready._centre, ready._scale, 3, dtype)
+        cells = screen._cut(bank, ready._centre, ready._scale, n_cells, dtype)
         width = cells.values.shape[1] * cells.values.shape[2] // product.PANEL
         placed = [(bank.astype(np.longdouble) - centre) * ready._scale for centre in cells.centres]
-        for c in range(3):
+        for c in range(n_cells):
             packed = np.zeros((product.GROUP, width), cells.values.dtype)
             floats = np.empty(bank.shape[1], np.float32)
             for query in range(0, 60, 7):
@@ -370,7 +374,14 @@ def test_no_pair_within_the_limit_is_left_out(dtype):
                         for j, distance in zip(there, true, strict=True):
                             limit = share * float(distance)
                             threshold = kernels._threshold(
-                                alpha, lost, limit * (1 + 1e-15), cells.lengths[c], cells.residuals[c], width
+                                alpha,
+                                lost,
+                                limit * (1 + 1e-15),
+                                cells.lengths[c],
+                                cells.residuals[c],
+                                cells.smallest,
+                                cells.usual,
+                                width,
                             )
                             thresholds = np.full(product.GROUP, threshold, np.float32)
                             masks = reached(
@@ -382,6 +393,34 @@ def test_no_pair_within_the_limit_is_left_out(dtype):
                                 tried += 1
                                 left_out += not bits(masks)[0, j]
     assert left_out > 0.1 * tried  # and the bound is not empty
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int8])
+@pytest.mark.parametrize("offsets", [(0.25, 0.25), (0.1, 0.4)])
+@pytest.mark.parametrize("longer", [0.5, 1, 2])
+def test_rounding_that_lies_along_the_query_is_counted_in_full(dtype, offsets, longer, monkeypatch):
+    """Rows that lose the same share of a unit in every value, and a query that loses nothing, in that direction."""
+    if not HAS[dtype]:
+        pytest.skip(f"this processor does not multiply {dtype}")
+    monkeypatch.setattr(screen, "largest_integer", lambda *_: 127)
+    random, width, unit = np.random.default_rng(0), 256, 2.0**-12
+    whole = random.integers(-126, 127, (3 * product.PANEL, width))
+    rows = (whole + random.uniform(*offsets, (len(whole), 1))).astype(np.float32) * np.float32(unit)
+    rows[:, 0] = 127 * unit
+    cells = screen._cut(rows, np.zeros(width), 1.0, 1, dtype)
+    query = np.full(width, longer * cells.usual / width**0.5, np.float32)
+    packed = np.zeros((product.GROUP, width), cells.values.dtype)
+    alpha, lost, of_query = kernels._round(query, np.zeros(width), 1.0, np.empty(width, np.float32), packed[0], 127)
+    true = np.sqrt(np.square(rows.astype(np.longdouble) - query).sum(axis=1)).astype(np.float64)
+    for place, row in enumerate(cells.order):
+        threshold = kernels._threshold(
+            alpha, lost, true[row] * (1 + 1e-15), cells.lengths[0], cells.residuals[0], cells.smallest, cells.usual,
+            width,
+        )  # fmt: skip
+        panel, j = divmod(place, product.PANEL)
+        thresholds, units = np.full(product.GROUP, threshold, np.float32), np.full(product.GROUP, of_query, np.float32)
+        masks = reached(packed, cells.values, panel, cells.bias, cells.units, thresholds, units)
+        assert bits(masks)[0, j], place
 
 
 def test_no_pair_within_the_limit_is_left_out_in_torch(monkeypatch):

@@ -30,11 +30,11 @@ class Cells(NamedTuple):
     order int64 [P * PANEL]: the bank's row at each place, -1 for none; first int64 [C + 1]: each cell's first panel;
     centres float64 [C, m]; scale: of coordinates; radii float64 [C]: the longest row; apart float64 [C, C]: distances
     of centres; inner, outer float64 [P]: the least and largest length in each panel; values: the panels as
-    `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, rounded up; units float32
-    [P, PANEL]: what an integer stands for; whole: the largest integer, 0 where values are none; residuals, lengths
-    float64 [C]: the largest of what rounding took away from a row, and of the rounded rows' lengths. slip: squared
-    distances from centres are off by at most
-    slip * (1 + the squared length of the vector).
+    `product.reach` takes them; bias float32 [P, PANEL]: minus half the squared length, and what rounding took away from
+    the row times `usual`, rounded up; usual: about the length of a query; units float32 [P, PANEL]: what an integer
+    stands for; whole: the largest integer, 0 where values are none; residuals, lengths float64 [C]: the largest of what
+    rounding took away from a row, and of the rounded rows' lengths; smallest: the least that it took from any. slip:
+    squared distances from centres are off by at most slip * (1 + the squared length of the vector).
     """
 
     order: Array
@@ -47,9 +47,11 @@ class Cells(NamedTuple):
     outer: Array
     values: Array
     bias: Array
+    usual: float
     units: Array
     whole: int
     residuals: Array
+    smallest: float
     lengths: Array
     slip: float
 
@@ -170,10 +172,11 @@ def _apart(values: Array) -> int:
 @compiled
 def fill(
     points: Array, centres: Array, scale: float, order: Array, cell: Array, first: int, stop: int, values: Array,
-    bias: Array, units: Array, whole: int, inner: Array, outer: Array, residuals: Array, lengths: Array,
+    bias: Array, usual: float, units: Array, whole: int, inner: Array, outer: Array, residuals: Array, smallest: Array,
+    lengths: Array,
 ) -> None:  # fmt: skip
-    """Round rows into the panels first … stop; the names are those of `Cells`, but that residuals, lengths float64 [P]
-    are of panels, whose cells are `cell` int64 [P].
+    """Round rows into the panels first … stop; names as in `Cells`, but residuals, smallest, lengths [P] are of panels,
+    whose cells are `cell` int64 [P].
     """
     # As words of 32 bits, each of which is one of float32, two of bfloat16 or int16, or four of int8. To add 128 to
     # each of these is to turn their highest bits over.
@@ -189,10 +192,11 @@ def fill(
                 continue
             square, lost, units[panel, i] = _round(points[row], centres[cell[panel]], scale, floats, packed[i], whole)
             length = np.sqrt(square)
-            bias[panel, i] = np.float32(-0.5 * square * (1 - 4 * FLOAT32))
+            of_row, half = usual * lost, 0.5 * square
+            bias[panel, i] = np.float32(of_row - half + 4 * FLOAT32 * (of_row + half))
             inner[panel] = min(inner[panel], length * (1 - MARGIN))
             outer[panel] = max(outer[panel], length * (1 + MARGIN))
-            residuals[panel] = max(residuals[panel], lost)
+            residuals[panel], smallest[panel] = max(residuals[panel], lost), min(smallest[panel], lost)
             lengths[panel] = max(lengths[panel], length + lost)
         for s in range(words.shape[1]):
             for i in range(PANEL):
@@ -245,18 +249,23 @@ def _limit(kth: float, unit: float, error: float, grow: float, slip: float) -> f
 
 
 @compiled
-def _threshold(alpha: float, lost: float, limit: float, longest: float, residual: float, width: int) -> np.float32:
-    """What the product less half the row's squared length reaches if the points are within the limit.
+def _threshold(
+    alpha: float, lost: float, limit: float, longest: float, residual: float, smallest: float, usual: float, width: int
+) -> np.float32:
+    """What the product and the row's bias reach if the points are within the limit.
 
-    alpha: the squared length of the query's point about the cell's centre; lost: what rounding took from it; longest
-    and residual: the cell's `lengths` and `residuals`. The terms are those of docs/decisions/0004-screen.md.
+    alpha: the squared length of the query's point about the cell's centre; lost: what rounding took from it; longest,
+    residual: the cell's `lengths` and `residuals`; smallest, usual: as of `Cells`. The terms are those of
+    docs/decisions/0004-screen.md.
     """
     if limit == np.inf or alpha > FAR:
         return np.float32(-np.inf)
     length = np.sqrt(alpha)
-    of_rounding = lost * longest + length * residual
+    # The row's share of it is in the bias, for a query of the usual length.
+    beyond = max(length - usual, 0.0) * residual - max(usual - length, 0.0) * smallest * (1 - 4 * MARGIN)
+    of_rounding = lost * longest + beyond
     gamma = (width + 8) * FLOAT32 * (1 + MARGIN)
-    of_sum = gamma * ((length + lost) * longest + 0.5 * longest * longest)
+    of_sum = gamma * ((length + lost) * longest + 0.5 * longest * longest + usual * residual)
     error = (of_rounding + of_sum) * (1 + MARGIN) + (width + 8) * 2.0**-50 * (alpha + limit * limit) + UNDERFLOW
     threshold = 0.5 * (alpha - limit * limit) - error
     return np.float32(threshold - 2 * FLOAT32 * abs(threshold) - UNDERFLOW)
@@ -283,7 +292,8 @@ def _visit(
     alphas, losts, limits = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     thresholds, units, starts = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.zeros(BLOCK, np.int32)
     in_cache = max(1, CACHED // (cells.values.shape[1] * cells.values.shape[2] * cells.values.itemsize))
-    longest, residual, width = cells.lengths[c], cells.residuals[c], packed.shape[1]
+    longest, residual, smallest, usual = cells.lengths[c], cells.residuals[c], cells.smallest, cells.usual
+    width = packed.shape[1]
     unit, error, grow, last_of_k = ask.unit, ask.error, ask.grow, ask.k - 1
     for block in range(0, which.shape[0], BLOCK):
         n = min(BLOCK, which.shape[0] - block)
@@ -295,7 +305,7 @@ def _visit(
             if packed.itemsize == 1:
                 starts[i] = -128 * packed[i].sum()
             limits[i] = _limit(distances[queries[i], last_of_k], unit, error, grow, ask.slips[queries[i]])
-            thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, width)
+            thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, smallest, usual, width)
         for first in range(cells.first[c], cells.first[c + 1], in_cache):
             last = min(first + in_cache, cells.first[c + 1]) - 1
             for group in range(0, n, GROUP):
@@ -335,7 +345,9 @@ def _visit(
                                 _insert(distances[query], rows[query], distance, number + row)
                         if distances[query, last_of_k] < before:
                             limits[i] = _limit(distances[query, last_of_k], unit, error, grow, ask.slips[query])
-                            thresholds[i] = _threshold(alphas[i], losts[i], limits[i], longest, residual, width)
+                            thresholds[i] = _threshold(
+                                alphas[i], losts[i], limits[i], longest, residual, smallest, usual, width
+                            )
                             tighter = True
                     if tighter:
                         least, most = _ring(alphas, limits, group, stop)

@@ -238,9 +238,9 @@ class _Sample:
             return inf
         lengths = torch.linalg.vector_norm(self.rows, dim=1)
         lost = torch.linalg.vector_norm(self.rows - _rounded(self.rows, precision), dim=1)
-        error = lost[:ASKED] * lengths.max() + lengths[:ASKED] * lost.max()
+        error = lost[:ASKED, None] * lengths.max() + lengths[:ASKED, None] * lost
         nearest = self.squares <= self.kth[:, None]
-        left = self.squares <= (self.kth + 2 * error)[:, None]
+        left = self.squares <= self.kth[:, None] + 2 * error
         more = float(left.sum() / nearest.sum())
         measured: float = K / self.n_bank * log(max(self.n_bank / K, e)) * ((more - 1) / log(more) if more > 1 else 1)
         return width * PLAIN[precision] + measured * self._of_a_pair()
@@ -330,7 +330,9 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
     (kind, together), whole = PACKED[precision], largest_integer(precision, width)
     values = np.empty((n_panels, -(-width // together), together * product.PANEL), kind)
     bias, units = np.empty((2, n_panels, product.PANEL), np.float32)
-    inner, outer, residuals, lengths = np.full(n_panels, np.inf), *np.zeros((3, n_panels))
+    (inner, smallest), (outer, residuals, lengths) = np.full((2, n_panels), np.inf), np.zeros((3, n_panels))
+    # In one cell queries are about as long as rows; in others they are not.
+    usual = float(np.sqrt(radius.mean())) if n_cells == 1 else 0.0
     cell_of = np.repeat(np.arange(n_cells), panels)
     spread(
         lambda s: kernels.fill(
@@ -343,11 +345,13 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
             s.stop,
             values,
             bias,
+            usual,
             units,
             whole,
             inner,
             outer,
             residuals,
+            smallest,
             lengths,
         ),
         n_panels,
@@ -356,8 +360,9 @@ def _cut(points: Array, middle: Array, scale: float, n_cells: int, precision: to
     slip = 32.0 * (width + 8) * 2.0**-53
     radii, residuals, lengths = (_largest_of(cell_of, n_cells, of_panel) for of_panel in (outer, residuals, lengths))
     return Cells(
-        order, first, centres, scale, radii, apart, inner, outer, values, bias, units, whole, residuals, lengths, slip
-    )
+        order, first, centres, scale, radii, apart, inner, outer, values, bias, usual, units, whole, residuals,
+        float(smallest.min()), lengths, slip,
+    )  # fmt: skip
 
 
 def _largest_of(cell_of: Array, n_cells: int, of_panel: Array) -> Array:
