@@ -252,7 +252,7 @@ def test_rows_are_read_in_slices(method, monkeypatch):
             return rows
 
     monkeypatch.setattr("leadline.knn.engines.SLICE", 100 * 16 * 8)
-    index = build_index(method, Watched())
+    index = build_index(method, Watched(), memory_budget=bank.nbytes)
     assert max(read) <= 100
     assert recall(index.search(bank[:50], 5)[0], brute_force(bank, bank[:50], 5)) > 0.8
 

@@ -145,8 +145,9 @@ def build_index(
     method: a text for `parse_method`, or what it gives; what it leaves open is chosen by the bank's size (`resolve` in
     knn/methods.py). threads: of training and search, by default as many as torch has; hnswlib builds with one.
     seed: of samples, clusterings and graphs. On the CPU the same rows, method, threads and seed give the same answers.
-    memory_budget: bytes for the exact search of what the index does not answer; the index itself, of about the rows in
-    float32 (less with ivf-pq and hnsw-sq8), is in memory whole.
+    memory_budget: bytes for the exact search of what the index does not answer, and for the rows, which are read into
+    memory where they take at most half of it; the index itself, of about the rows in float32 (less with ivf-pq and
+    hnsw-sq8), is in memory whole.
 
     Raises LeadlineError for a method that is not known, is "exact" or cannot be used here, no rows, and values that are
     not finite.
@@ -157,6 +158,7 @@ def build_index(
     n_bank, width = rows.shape
     if n_bank == 0:
         raise LeadlineError("bank: 0 rows; give at least one")
+    rows = _at_hand(rows, memory_budget)
     frame = Placed(rows, np.zeros(width), 1.0)
     centre, longest = survey(rows, frame.step)
     frame, full = Placed(rows, centre, scale_of(longest)), resolve(given, n_bank, width)
@@ -186,7 +188,14 @@ def load_index(path: str | Path, rows: Rows, *, threads: int | None = None, memo
         engine = read_engine(method, str(path), about["width"], threads)
     except RuntimeError as error:
         raise LeadlineError(f"{path}: not for the package installed ({one_line(error)}); build it again") from None
-    return Index(method, Placed(rows, np.array(about["centre"]), about["scale"]), engine, memory_budget)
+    frame = Placed(_at_hand(rows, memory_budget), np.array(about["centre"]), about["scale"])
+    return Index(method, frame, engine, memory_budget)
+
+
+def _at_hand(rows: Rows, memory_budget: int) -> Rows:
+    """The rows in memory if they may take half of the budget: gathering candidates from files costs more than ranking."""
+    n_bank, width = rows.shape
+    return copied(rows, slice(0, n_bank)) if 8 * n_bank * width <= memory_budget else rows
 
 
 def _tidy(found: Array, own: Array, n_bank: int) -> tuple[Array, Array]:
