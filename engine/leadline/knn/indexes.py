@@ -193,7 +193,7 @@ def load_index(path: str | Path, rows: Rows, *, threads: int | None = None, memo
 
 
 def _at_hand(rows: Rows, memory_budget: int) -> Rows:
-    """The rows in memory if they may take half of the budget: gathering candidates from files costs more than ranking."""
+    """The rows in memory where they take at most half the budget: to gather candidates from files is slow."""
     n_bank, width = rows.shape
     return copied(rows, slice(0, n_bank)) if 8 * n_bank * width <= memory_budget else rows
 
