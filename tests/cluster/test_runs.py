@@ -13,9 +13,11 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 from tiny import TINY, tables_of
 
@@ -342,3 +344,25 @@ def test_a_job_without_a_lasting_directory_is_refused():
     answer = subprocess.run(job, capture_output=True, text=True)
     assert answer.returncode != 0
     assert "--out" in answer.stderr
+
+
+def test_a_unit_that_fails_is_set_aside_and_all_else_is_done(tiny_run, tmp_path):
+    """One of three members is broken: a shard is then embedded for the others alone."""
+    weights = tmp_path / "mlp-{seed}.safetensors"
+    for seed in range(3):
+        tensors = load_file(tiny_run.directory.weights(f"mlp-{seed}"))
+        if seed == 1:
+            next(iter(tensors.values())).fill_(float("nan"))
+        save_file(tensors, str(weights).format(seed=seed))
+    member = {**TINY["members"][0], "weights": str(weights)}
+    del member["training"]
+    config = {**TINY, "members": [member], "engine": {**TINY["engine"], "group_size": 3}}
+    with pytest.raises(LeadlineError, match=r"embed mlp-1 \d+: member mlp-1, probe logits: not finite at point \d+"):
+        leadline.run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    for table in ("depths", "votes"):
+        found = {path.parent.name: pq.read_table(path) for path in (tmp_path / "run" / table).rglob("*.parquet")}
+        assert sorted(found) == ["member=mlp-0", "member=mlp-2"]
+        for name, rows in found.items():
+            expected = pq.read_table(tiny_run.directory.root / table / name / "part-0.parquet")
+            assert rows.replace_schema_metadata().equals(expected.replace_schema_metadata())

@@ -5,6 +5,7 @@ import hashlib
 import platform
 import shutil
 import sys
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,10 +19,11 @@ import ray
 import torch
 from rich.console import Console
 
-from leadline.cluster.common import CommonBank
-from leadline.cluster.pool import Pool, connected
+from leadline.cluster.graph import STAGES, Graph
+from leadline.cluster.pool import Done, Failure, Pool, connected
 from leadline.cluster.progress import Stages
-from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, shard_edges
+from leadline.cluster.schedule import Schedule, Unit
+from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -38,9 +40,9 @@ from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
 from leadline.store.tables import ROWS, read_table, write_table
 
 MEMORY = Path("/dev/shm")  # a file system in memory
-# Stages that only some runs have, and what their work is counted in: in the order of `_compute`, votes before the last.
-BESIDE = {"trial": "points", "index": "rows", "keep": "rows", "audit": "points"}
 SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
+SHARE_OF_DISK = 0.8  # of what is free, for embeddings
+TOLD = 3  # errors of units that are quoted
 
 
 def run(
@@ -61,7 +63,7 @@ def run(
     members = list_members(config)
     for member in members:
         _check_bank(config, points, member)
-    _check_members(config, points)
+    probes = _place_probes(config, points)
     directory = RunDirectory(Path(out or Path("runs") / config.name).absolute())
     manifest = _manifest(config, points, members)
     if directory.begin(manifest):
@@ -72,7 +74,12 @@ def run(
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            _compute(config, directory, members, points, is_local, stages, stamps)
+            pool = Pool(config.engine, (config, stamps))
+            graph = Graph(
+                config, members, probes, bank_of_all(config, points.parts), len(points),
+                len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)),
+            )  # fmt: skip
+            _compute(graph, directory, pool, is_local, stages)
         directory.free_scratch()
         _combine(directory, members, points, config, stamps)
         directory.complete(directory.digests(), stages.report())
@@ -88,20 +95,22 @@ def _check_bank(config: RunConfig, points: Points, member: Member) -> None:
         )
 
 
-def _check_members(config: RunConfig, points: Points) -> None:
-    """Build a network of each entry and place its probes, so that mistakes are told before any work is paid for."""
+def _place_probes(config: RunConfig, points: Points) -> dict[str, list[Probe]]:
+    """The probes of each architecture, as its members will have them: mistakes are told before any work is paid for."""
     example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
-    names: list[str] = []
+    placed: dict[str, list[Probe]] = {}
     for entry in config.members:
         model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
         probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
-        names += [probe.name for probe in probes]
-    check_patterns(config.reduction, list(dict.fromkeys(names)))
+        placed[entry.label] = list(probes)
+    names = list(dict.fromkeys(probe.name for probes in placed.values() for probe in probes))
+    check_patterns(config.reduction, names)
     for name in names:
         config.method_of(name)
     for pattern in config.method if isinstance(config.method, dict) else ():
         if not fnmatch.filter(names, pattern):
-            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(dict.fromkeys(names))}")
+            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(names)}")
+    return placed
 
 
 def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:
@@ -148,171 +157,125 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
     write_table(directory.table("points"), POINTS, tables(), stamps)
 
 
-def _compute(
-    config: RunConfig, directory: RunDirectory, members: list[Member], points: Points, is_local: bool, stages: Stages,
-    stamps: dict[str, str],
-) -> None:  # fmt: skip
-    """Train, embed, vote and reduce. Every stage leaves out what is there from an earlier try."""
-    n_points = len(points)
-    n_shards = len(shard_edges(config, n_points))
-    n_blocks = len(blocks(n_points, config.engine.query_block))
-    common = bank_of_all(config, points.parts)
-    untrained = [m for m in members if not directory.record("train", m.name).exists()]
-    waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
-    pool = Pool(config.engine, (config, stamps))
-    stages.plan("train", "steps", len(members), len(members) - len(untrained))
-    _do(pool, stages, "train", [("train", (directory, member)) for member in untrained])
+def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, stages: Stages) -> None:
+    """Train, embed, vote and reduce what is not there from an earlier try.
 
-    probes = {m.name: read_json(directory.record("train", m.name))["probes"] for m in members}
-    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), config.engine.group_size)]
-    with _scratch(config, directory, groups, probes, n_points, is_local, stages) as placed:
-        shards = [_missing_shards(placed, group, n_shards) for group in groups]
-        votes = [_missing_votes(config, placed, group, probes, n_blocks) for group in groups]
-        n_votes = sum(len(probes[m.name]) for m in waiting) * n_blocks
-        stages.plan("embed", "points", len(groups) * n_shards, len(groups) * n_shards - sum(map(len, shards)))
-        unshared: list[int] = []
-        if waiting and common.pays:
-            unshared = [block for block in range(n_blocks) if not directory.shared_cost(block).exists()]
-            stages.plan("share", "points", n_blocks, n_blocks - len(unshared))
-        stages.plan("vote", "votes", n_votes, n_votes - sum(len(step) for steps in votes for step in steps))
-        beside = {}
-        for stage, measure in BESIDE.items():
-            units = [_units_beside(stage, config, common, members, group, probes) for group in groups]
-            beside[stage] = [[unit for unit in of_group if not _is_done(placed, stage, *unit)] for of_group in units]
-            if any(units):
-                n_units = sum(map(len, units))
-                stages.plan(stage, measure, n_units, n_units - sum(map(len, beside[stage])))
-        stages.plan("reduce", "points", len(members), len(members) - len(waiting))
-        for group, missing_shards, steps, *others in zip(groups, shards, votes, *beside.values(), strict=True):
-            _do(pool, stages, "embed", [("embed", (placed, group, shard)) for shard in missing_shards])
-            tries, indexes, banks, audits = others
-            for stage, units in (("trial", tries), ("index", indexes), ("keep", banks)):
-                _do(pool, stages, stage, [(stage, (placed, *unit)) for unit in units])
-            *earlier, last = steps
-            for step in earlier:
-                _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in step])
-            if unshared:
-                # Once for the run, while the input is there; kept until every member is reduced.
-                _do(pool, stages, "share", [("share", (placed, group, block)) for block in unshared])
-                unshared = []
-            _do(pool, stages, "vote", [("vote", (placed, *unit)) for unit in last])
-            _do(pool, stages, "audit", [("audit", (placed, *unit)) for unit in audits])
-            _do(pool, stages, "reduce", [("reduce", (placed, member)) for member in group])
-            for member in group if not config.engine.keep_indexes else ():
-                placed.free_indexes(member.name)
-            placed.free_scratch()
+    Raises LeadlineError that names the units that were set aside, when all else is done.
+    """
+    reduced = [m for m in graph.members if directory.record("reduce", m.name).exists()]
+    waiting = [m for m in graph.members if m not in reduced]
+    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), graph.config.engine.group_size)]
+    totals = sum((graph.totals(group) for group in groups), Counter(train=len(reduced), reduce=len(reduced)))
+    for stage, measure in STAGES.items():
+        if totals[stage]:
+            stages.plan(stage, measure, totals[stage])
+    for stage in ("train", "reduce"):
+        stages.found(stage, len(reduced))
+    keep = graph.config.engine.keep_indexes
+    with _scratch(graph, directory, groups, is_local, stages) as (placed, room):
+        failures = _do(graph, placed, groups, room, pool, stages)
         # Also of members that an earlier try had reduced when it was killed.
-        for member in members:
-            placed.free_votes(member.name)
-            if not config.engine.keep_indexes:
-                placed.free_indexes(member.name)
+        for member in reduced:
+            placed.free_member(member.name, keep_indexes=keep)
+        for trace in dict.fromkeys(failure.trace for failure in failures if failure.trace):
+            stages.say(trace)  # of a defect, for whoever is to mend it
+        if failures:
+            raise LeadlineError(_told(failures))
         placed.free_shared()
         placed.free_scratch()
 
 
-def _do(pool: Pool, stages: Stages, stage: str, units: list[tuple[str, tuple[Any, ...]]]) -> None:
-    if not units:
-        return
-    stages.start(stage)
-    pool.run(units, lambda work: stages.advance(stage, work))
-    stages.stop(stage)
+def _do(
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int, pool: Pool, stages: Stages
+) -> list[Failure]:
+    """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least."""
+    schedule, waiting, taken = Schedule(), deque(enumerate(groups)), dict[int, int]()
+
+    def take_in() -> None:
+        for number in [number for number in taken if not schedule.left(number)]:
+            del taken[number]
+        while waiting:
+            number, group = waiting[0]
+            size = _embedding_bytes(graph, group)
+            if taken and sum(taken.values()) + size > room:
+                break
+            waiting.popleft()
+            units = graph.units(number, group, directory)
+            for stage, there in (graph.totals(group) - Counter(unit.stage for unit in units)).items():
+                stages.found(stage, there)
+            schedule.add(units)
+            if units:
+                taken[number] = size
+
+    def done(unit: Unit, result: Done) -> None:
+        stages.advance(unit.stage, *result)
+        if unit.stage == "reduce":
+            _, member = unit.arguments
+            directory.free_member(member.name, keep_indexes=graph.config.engine.keep_indexes)
+        take_in()
+
+    take_in()
+    return pool.run(schedule, lambda unit: stages.begin(unit.stage), done)
 
 
-def _units_beside(
-    stage: str, config: RunConfig, common: CommonBank, members: list[Member], group: list[Member],
-    probes: dict[str, Any],
-) -> list[tuple[Member, int]]:  # fmt: skip
-    """Member and probe of the units of a group, in one of the stages that only some runs have."""
-    every = [(member, probe) for member in group for probe in probes[member.name]]
-    match stage:
-        case "trial":
-            # By the first member of each architecture, on behalf of all.
-            first = {member.architecture: member.name for member in reversed(members)}.values()
-            tried = [(m, p) for m, p in every if m.name in first and is_tried(config, common, p)]
-            chosen = tried if "auto" in config.methods else []
-        case "index":
-            chosen = [(m, p) for m, p in every if config.method_of(p["name"]) != "exact"]
-        case "keep":
-            # The input is the same for every member, and kept once.
-            chosen = [(m, p) for m, p in every if p["index"] or m == members[0]] if config.engine.keep_indexes else []
-        case _:
-            chosen = [] if config.is_exact else every
-    return [(member, probe["index"]) for member, probe in chosen]
-
-
-def _is_done(directory: RunDirectory, stage: str, member: Member, probe: int) -> bool:
-    match stage:
-        case "trial":
-            return directory.trial(member.architecture, probe).exists()
-        case "index":
-            record = directory.index_record(member.name, probe)
-            if not record.exists():
-                return False
-            return read_json(record)["method"] == "exact" or directory.index(member.name, probe).exists()
-        case "keep":
-            return directory.bank(member.name, probe).exists()
-        case _:
-            return directory.audit_record(member.name, probe).exists()
-
-
-def _missing_shards(directory: RunDirectory, group: list[Member], n_shards: int) -> list[int]:
-    return [shard for shard in range(n_shards) if not all(directory.outputs(m.name, shard).exists() for m in group)]
-
-
-def _missing_votes(
-    config: RunConfig, directory: RunDirectory, group: list[Member], probes: dict[str, Any], n_blocks: int
-) -> list[list[tuple[Member, int, int]]]:
-    """Member, probe and block of the votes that are not there, in steps of which each needs the one before.
-
-    Probe 0 is in the last step. Wide probes first: the longest units at the end would leave actors idle.
-    """
-    units = [
-        (member, probe["index"], block)
-        for member in group
-        for probe in sorted(probes[member.name], key=lambda probe: -probe["width"])
-        for block in range(n_blocks)
-    ]
-    missing = [unit for unit in units if not directory.votes_cost(unit[0].name, unit[1], unit[2]).exists()]
-    if config.votes == "all":
-        return [missing]
-    last = max(probe for _, probe, _ in units)
-    return [[unit for unit in missing if unit[1] == probe] for probe in range(last, -1, -1)]
+def _told(failures: list[Failure]) -> str:
+    """What was set aside, in one line."""
+    said = [f"{failure.unit}: {failure.error}" for failure in failures[:TOLD]]
+    others = sum(failure.others for failure in failures)
+    return (
+        f"{'; '.join(said)}{'; …' * (len(failures) > TOLD)} (set aside: {len(failures)} units, and {others} that need "
+        "them; all else is done, and the same command goes on from there)"
+    )
 
 
 @contextmanager
 def _scratch(
-    config: RunConfig, directory: RunDirectory, groups: list[list[Member]], probes: dict[str, Any], n_points: int,
-    is_local: bool, stages: Stages,
-) -> Iterator[RunDirectory]:  # fmt: skip
-    """The run's directory with a place for embeddings: the one asked for, memory where they fit, or the run's own."""
-    size = max((_embedding_bytes(group, probes, n_points) for group in groups), default=0)
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], is_local: bool, stages: Stages
+) -> Iterator[tuple[RunDirectory, int]]:
+    """The run's directory with a place for embeddings, and the bytes that it has room for.
+
+    The place is the one asked for, memory where they fit, or the run's own directory.
+    """
+    config = graph.config
+    largest = max((_embedding_bytes(graph, group) for group in groups), default=0)
     name = f"leadline-{hashlib.sha256(str(directory.root).encode()).hexdigest()[:16]}"
-    in_memory = config.engine.scratch is None and is_local and _fits_memory(size, MEMORY / name)
+    free = _free_memory(MEMORY / name) if config.engine.scratch is None and is_local else 0
+    in_memory = largest <= free
     if config.engine.scratch is not None:
         directory = RunDirectory(directory.root, config.engine.scratch.absolute() / name)
     elif in_memory:
         directory = RunDirectory(directory.root, MEMORY / name)
+    room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
     if groups:
         where = "memory" if in_memory else str(directory.scratch)
-        stages.say(f"embeddings: {size / 1e9:.2f} GB at a time, in {where}")
+        stages.say(f"embeddings: {largest / 1e9:.2f} GB a group of members, in {where}, room for {room / 1e9:.2f} GB")
     try:
-        yield directory
+        yield directory, room
     finally:
         # Memory is given back also when the run ends early; on disk, finished shards wait for the next try.
         if in_memory:
             directory.free_scratch()
 
 
-def _embedding_bytes(group: list[Member], probes: dict[str, Any], n_points: int) -> int:
-    inner = sum(stored_width(Probe(**probe)) for member in group for probe in probes[member.name][1:])
-    return 4 * n_points * (inner + stored_width(Probe(**probes[group[0].name][0])))
+def _embedding_bytes(graph: Graph, group: list[Member]) -> int:
+    """Of a group of members, with the input, which is kept once for all."""
+    probes = graph.probes[group[0].architecture][:1] + [p for m in group for p in graph.probes[m.architecture][1:]]
+    return 4 * graph.points * sum(stored_width(probe) for probe in probes)
 
 
-def _fits_memory(size: int, place: Path) -> bool:
+def _free_memory(place: Path) -> int:
+    """Bytes of embeddings that may lie in memory; what an earlier try left there is this run's already."""
     if not MEMORY.is_dir():
-        return False
-    free = min(shutil.disk_usage(MEMORY).free, ray.available_resources().get("memory", 0))
-    return place.is_dir() or size * SHARE_OF_MEMORY <= free
+        return 0
+    left = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    free = min(shutil.disk_usage(MEMORY).free, int(ray.available_resources().get("memory", 0)))
+    return max(left, (free + left) // SHARE_OF_MEMORY)
+
+
+def _free_disk(place: Path) -> int:
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _combine(

@@ -3,24 +3,31 @@
 import os
 import socket
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from leadline.cluster.schedule import Schedule, Thing, Unit
 from leadline.cluster.units import Bench
 from leadline.config import Engine
 from leadline.errors import LeadlineError, one_line
 
 SECONDS_TO_ANSWER = 10
-TRIES = 3  # of a unit whose actor died under it
+TRIES = 3  # of a unit
+MEND = "give it more memory, or lower engine.group_size or engine.query_block"
 OBJECT_STORE = 80 << 20  # bytes: nothing but small records passes through it; Ray wants 75 MiB at least
 
-# A unit is the name of a method of Bench and its arguments.
-Unit = tuple[str, tuple[Any, ...]]
+
+class Done(NamedTuple):
+    """Of a unit: its work, in its stage's measure, and the seconds that it took its actor."""
+
+    work: int
+    seconds: float
 
 
 @contextmanager
@@ -55,55 +62,104 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
+@dataclass(eq=False)
+class _Worker:
+    """warm: what it has ready for the next unit, from the last one."""
+
+    actor: Any
+    warm: Thing | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A unit that was set aside, and how many others with it, because they need what it makes.
+
+    trace: of an error that is not the user's to mend; empty otherwise.
+    """
+
+    unit: str
+    error: str
+    trace: str
+    others: int
+
+
 class Pool:
     """Actors of one run, each a Bench with its share of CPUs and GPUs."""
 
     def __init__(self, engine: Engine, bench: tuple[Any, ...]) -> None:
         self._engine = engine
         self._bench = bench
-        self._actors: list[Any] = []
-        self._actors = [self._start() for _ in range(self._count())]
+        self._deaths = 0  # of actors, since one was ready or did a unit
+        self._busy: dict[Any, tuple[_Worker, Unit | None]] = {}
+        self._idle: list[_Worker] = []
+        for _ in range(self._count()):
+            self._start()
 
-    def run(self, units: Sequence[Unit], done: Callable[[int], None]) -> None:
-        """Do all units, in the order given as actors come free; `done` is told the work in each.
+    def run(
+        self, schedule: Schedule, began: Callable[[Unit], None], done: Callable[[Unit, Done], None]
+    ) -> list[Failure]:
+        """Do all units of a schedule, to which `done` may add others. Returns those that were set aside.
 
-        A unit whose actor dies is done by a new one, TRIES times at most. The first error of a unit ends the run: units
-        are repeatable, so what is done stays done.
+        A unit whose actor dies is done by another, and one that raises is tried again, TRIES times in all; what is the
+        user's to mend (LeadlineError) is not tried again. Whoever needs nothing of a unit that fails goes on.
         """
-        waiting = deque((unit, 1) for unit in units)
-        idle = list(self._actors)
-        busy: dict[Any, tuple[Any, Unit, int]] = {}
-        while waiting or busy:
-            while waiting and idle:
-                unit, tries = waiting.popleft()
-                actor = idle.pop()
-                method, arguments = unit
-                busy[getattr(actor, method).remote(*arguments)] = (actor, unit, tries)
-            (ready,), _ = ray.wait(list(busy), num_returns=1)
-            actor, unit, tries = busy.pop(ready)
+        tries: dict[Unit, int] = {}
+        failures: list[Failure] = []
+        while schedule:
+            self._feed(schedule, began)
+            (ready,), _ = ray.wait(list(self._busy), num_returns=1)
+            worker, unit = self._busy.pop(ready)
             try:
-                done(ray.get(ready))
-            except RayActorError as error:
-                if tries == TRIES:
-                    what = " ".join([unit[0], *(str(getattr(argument, "name", argument)) for argument in unit[1])])
-                    raise LeadlineError(
-                        f"unit {what}: its worker died {TRIES} times ({one_line(error)}); "
-                        "give it more memory, or lower engine.group_size or engine.query_block"
-                    ) from None
-                self._actors.remove(actor)
-                actor = self._start()
-                self._actors.append(actor)
-                waiting.append((unit, tries + 1))
+                result = ray.get(ready)
             except RayTaskError as error:
-                if isinstance(error.cause, LeadlineError):
-                    raise error.cause from None
-                raise
-            idle.append(actor)
+                self._idle.append(worker)
+                final = isinstance(error.cause, LeadlineError)
+                text, trace = (str(error.cause), "") if final else (one_line(error.cause), str(error))
+            except RayError as error:
+                self._deaths += 1
+                self._start()
+                final, text, trace = False, f"its worker died ({one_line(error)})", ""
+                if self._deaths > TRIES * self._count():
+                    raise LeadlineError(f"no worker stays alive: {text}; {MEND}") from None
+            else:
+                self._deaths = 0
+                self._idle.append(worker)
+                if unit is not None:
+                    schedule.done(unit)
+                    tries.pop(unit, None)
+                    done(unit, result)
+                continue
+            if unit is None:
+                continue
+            tries[unit] = tries.get(unit, 0) + 1
+            if not final and tries[unit] < TRIES:
+                schedule.again(unit)
+                continue
+            if not final:
+                text += f", {TRIES} times; {MEND}"
+            set_aside = schedule.fail(unit)
+            if set_aside:
+                failures.append(Failure(unit.name, text, trace, len(set_aside) - 1))
+        return failures
 
-    def _start(self) -> Any:
+    def _feed(self, schedule: Schedule, began: Callable[[Unit], None]) -> None:
+        """Give every idle worker a unit, as far as there are any that need not wait."""
+        for worker in list(self._idle):
+            held = [other.warm for other, unit in self._busy.values() if unit is not None and other.warm is not None]
+            unit = schedule.take(worker.warm, held=held)
+            if unit is None:
+                return
+            self._idle.remove(worker)
+            worker.warm = unit.warm
+            began(unit)
+            self._busy[worker.actor.do.remote(unit.stage, unit.arguments)] = (worker, unit)
+
+    def _start(self) -> None:
+        """Ask for an actor. It is given units when it answers: until there is room for it, others do them."""
         options = {"num_cpus": self._engine.threads, "num_gpus": self._engine.gpus}
         # What the driver can import, its actors can: a user's module:function lies beside the configuration.
-        return ray.remote(_Actor).options(**options).remote(sys.path, self._bench)
+        worker = _Worker(ray.remote(_Actor).options(**options).remote(sys.path, self._bench))
+        self._busy[worker.actor.ready.remote()] = (worker, None)
 
     def _count(self) -> int:
         """As many actors as are asked for, or as there is room for."""
@@ -126,3 +182,12 @@ class _Actor(Bench):
     def __init__(self, search_path: list[str], bench: tuple[Any, ...]) -> None:
         sys.path.extend(path for path in search_path if path not in sys.path)
         super().__init__(*bench)
+
+    def ready(self) -> None:
+        """Answers when the actor can do units."""
+
+    def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
+        """Do a unit: a method of Bench, which returns its work."""
+        started = time.perf_counter()
+        work = getattr(self, stage)(*arguments)
+        return Done(work, time.perf_counter() - started)

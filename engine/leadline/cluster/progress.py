@@ -44,61 +44,70 @@ class Stages:
         """A line above the bars, or in the log."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def plan(self, name: str, measure: str, units: int, done: int) -> None:
-        """Announce a stage, of which `done` units are there from an earlier try."""
-        bar = self._bars.add_task(name, total=units, completed=done, rate="") if self._bars else None
-        self._stages[name] = _Stage(name, measure, units, done, bar)
-        if done and not self._bars:
-            self.say(f"{name:>8}  {done}/{units} units are there already")
+    def plan(self, name: str, measure: str, units: int) -> None:
+        """Announce a stage of so many units."""
+        bar = self._bars.add_task(name, total=units, rate="") if self._bars else None
+        self._stages[name] = _Stage(name, measure, units, bar)
 
-    def advance(self, name: str, work: int) -> None:
-        """One more unit of a stage, which held so much work (points, votes, steps)."""
+    def found(self, name: str, units: int) -> None:
+        """So many units of a stage are there from an earlier try."""
         stage = self._stages[name]
-        stage.advance(work)
+        stage.done += units
+        if self._bars is not None and stage.bar is not None:
+            self._bars.update(stage.bar, completed=stage.done)
+        elif units:
+            self.say(f"{name:>8}  {stage.done}/{stage.units} units are there already")
+
+    def begin(self, name: str) -> None:
+        """A unit of a stage begins; with the first one the stage's time."""
+        stage = self._stages[name]
+        if stage.began is None:
+            stage.began, stage.said = time.perf_counter(), time.monotonic()
+
+    def advance(self, name: str, work: int, seconds: float) -> None:
+        """One more unit of a stage, which held so much work (points, votes, steps) and took its worker so long."""
+        stage = self._stages[name]
+        stage.advance(work, seconds)
         if self._bars is not None and stage.bar is not None:
             self._bars.update(stage.bar, completed=stage.done, rate=stage.rate_text())
         elif stage.is_due():
             self.say(stage.line())
 
-    def start(self, name: str) -> None:
-        """A stage's time runs from here until `stop`, and again from the next start."""
-        self._stages[name].started = time.perf_counter()
-        self._stages[name].said = time.monotonic()
-
-    def stop(self, name: str) -> None:
-        stage = self._stages[name]
-        stage.seconds = stage.elapsed()
-        stage.started = None
-
     def report(self) -> dict[str, dict[str, float | int | str]]:
-        """Units and work done by this process, with seconds, by stage."""
+        """Units and work done in this try, by stage.
+
+        seconds: from the beginning of its first unit to the end of its last, in which other stages were at work too;
+        worker_seconds: of all its units together.
+        """
         return {
             stage.name: {
                 "units": stage.here,
                 "work": stage.work,
                 "measure": stage.measure,
-                "seconds": round(stage.elapsed(), 3),
+                "seconds": round(stage.seconds, 3),
+                "worker_seconds": round(stage.worker_seconds, 3),
             }
             for stage in self._stages.values()
         }
 
 
 class _Stage:
-    def __init__(self, name: str, measure: str, units: int, done: int, bar: TaskID | None) -> None:
-        self.name, self.measure, self.units, self.done, self.bar = name, measure, units, done, bar
-        self.here = 0  # units done by this process, from which the rate is told
+    def __init__(self, name: str, measure: str, units: int, bar: TaskID | None) -> None:
+        self.name, self.measure, self.units, self.bar = name, measure, units, bar
+        self.done = 0
+        self.here = 0  # units done in this try, from which the rate is told
         self.work = 0
-        self.seconds = 0.0
-        self.started: float | None = None
+        self.began: float | None = None
+        self.seconds = self.worker_seconds = 0.0
         self.said = time.monotonic()
 
-    def elapsed(self) -> float:
-        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
-
-    def advance(self, work: int) -> None:
+    def advance(self, work: int, seconds: float) -> None:
         self.done += 1
         self.here += 1
         self.work += work
+        self.worker_seconds += seconds
+        if self.began is not None:
+            self.seconds = time.perf_counter() - self.began
 
     def is_due(self) -> bool:
         now = time.monotonic()
@@ -108,9 +117,9 @@ class _Stage:
         return True
 
     def rate_text(self) -> str:
-        return f"{self.work / max(self.elapsed(), 1e-9):,.0f} {self.measure}/s"
+        return f"{self.work / max(self.seconds, 1e-9):,.0f} {self.measure}/s"
 
     def line(self) -> str:
-        left = (self.units - self.done) * self.elapsed() / max(self.here, 1)
-        time_left = f"{left:.0f} s left" if self.done < self.units else f"took {self.elapsed():.1f} s"
+        left = (self.units - self.done) * self.seconds / max(self.here, 1)
+        time_left = f"{left:.0f} s left" if self.done < self.units else f"took {self.seconds:.1f} s"
         return f"{self.name:>8}  {self.done}/{self.units} units  {self.rate_text()}  {time_left}"

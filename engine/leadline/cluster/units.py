@@ -3,8 +3,9 @@
 A bench does units of one run in one process. It knows nothing of Ray: `pool` puts benches into actors.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch, fit_directions
+from leadline.embedding import embed_batch, embed_input, fit_directions
 from leadline.embedding.principal import load_directions, save_directions
 from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers, stored_width
 from leadline.errors import LeadlineError
@@ -77,9 +78,9 @@ def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
     return replace(common, pays=common.pays and config.method_of("input") in ("exact", "auto"))
 
 
-def is_tried(config: RunConfig, common: CommonBank, probe: Mapping[str, Any]) -> bool:
+def is_tried(config: RunConfig, common: CommonBank, probe: Probe) -> bool:
     """Whether methods of a probe are tried, so that `auto` may choose: its own, or one beside it."""
-    return config.method_of(probe["name"]) != "exact" and not (probe["index"] == 0 and common.pays)
+    return config.method_of(probe.name) != "exact" and not (probe.index == 0 and common.pays)
 
 
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -105,6 +106,8 @@ class Bench:
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)
         self.common = bank_of_all(config, self.points.parts)
+        shape = self.points.input_shape
+        (self.input_probe,) = choose_reductions(config.reduction, [Probe(0, "input", math.prod(shape), None, shape)])
         # What is audited, and what methods are tried on.
         self.sample, self.tried = draw(len(self.points), config.audit.sample, config.audit.seed)
         self._ready: tuple[tuple[str, int], Bank | Index] | None = None
@@ -162,18 +165,23 @@ class Bench:
         return digest(path)
 
     def embed(self, directory: RunDirectory, members: Sequence[Member], shard: int) -> int:
-        """Read a shard of points once and run every member on it. Returns the number of embedded points."""
+        """Read a shard of points once and run every member on it. Returns the number of embedded points.
+
+        The input, the same for all members of the run, is kept with the first of them that comes by.
+        """
         networks = [self._network(directory, member) for member in members]
         first, stop = self.shards[shard]
         outputs = [np.empty(stop - first, OUTPUTS) for _ in members]
+        kept = directory.embedding("input", 0, shard)
         with ExitStack() as open_files:
-            # The input is the first member's to write, on behalf of all.
-            files: list[list[Array | None]] = [
+            of_input = stored_width(self.input_probe)
+            rows_in = None if kept.exists() else self._array(open_files, kept, stop - first, of_input)
+            files = [
                 [
-                    self._array(open_files, directory.embedding(member.name, probe.index, shard), stop - first, probe)
-                    if probe.index or member is members[0]
-                    else None
-                    for probe in probes
+                    self._array(
+                        open_files, directory.embedding(member.name, p.index, shard), stop - first, stored_width(p)
+                    )
+                    for p in probes[1:]
                 ]
                 for member, (_, probes, _) in zip(members, networks, strict=True)
             ]
@@ -181,14 +189,15 @@ class Bench:
                 ids = np.arange(start, min(start + self.config.engine.batch_size, stop))
                 inputs = self._inputs(ids)
                 rows = slice(start - first, start - first + len(ids))
-                for member, network, kept, out in zip(members, networks, files, outputs, strict=True):
+                for member, network, arrays, out in zip(members, networks, files, outputs, strict=True):
                     model, probes, reducers = network
                     batch = embed_batch(model, probes, inputs, start, member.name, reducers)
-                    for array, values in zip(kept, batch.embeddings, strict=True):
-                        if array is not None:
-                            array[rows] = values
+                    for array, values in zip(arrays, batch.embeddings[1:], strict=True):
+                        array[rows] = values
                     for field in OUTPUT_FIELDS:
                         out[field][rows] = getattr(batch.outputs, field)
+                if rows_in is not None:
+                    rows_in[rows] = embed_input(self.input_probe, inputs, start)
         for member, out in zip(members, outputs, strict=True):
             with replacing(directory.outputs(member.name, shard)) as beside:
                 _save(beside, out)
@@ -217,7 +226,7 @@ class Bench:
         measured("exact")  # compiles
         ready, seconds, exact = measured("exact")
         exact_seconds, options = ready + seconds, []
-        method = self.config.method_of(self._probes(directory, member)[probe]["name"])
+        method = self.config.method_of(self._probes(directory, member)[probe].name)
         for option in candidates(len(bank_ids)) if method == "auto" else [method]:
             ready, seconds, votes = measured(option)
             changed = np.flatnonzero(votes != exact).tolist()
@@ -258,7 +267,7 @@ class Bench:
     def _choice(self, directory: RunDirectory, member: Member, probe: int) -> Choice:
         """The method of a probe, and why, where `auto` took it: the same whenever it is asked for."""
         probes = self._probes(directory, member)
-        given = {own["index"]: self.config.method_of(own["name"]) for own in probes}
+        given = {own.index: self.config.method_of(own.name) for own in probes}
         if given[probe] != "auto":
             return Choice(given[probe], "")
         if not is_tried(self.config, self.common, probes[probe]):
@@ -266,13 +275,13 @@ class Bench:
         changed, trials = np.zeros(len(self.tried), bool), {}
         for own in probes:
             if is_tried(self.config, self.common, own):
-                record = read_json(directory.trial(member.architecture, own["index"]))
+                record = read_json(directory.trial(member.architecture, own.index))
                 options = [
                     Option(option["method"], option["seconds"], _mask(option["changed"], len(self.tried)))
                     for option in record["options"]
                 ]
-                if given[own["index"]] == "auto":
-                    trials[own["index"]] = Trial(record["exact_seconds"], options)
+                if given[own.index] == "auto":
+                    trials[own.index] = Trial(record["exact_seconds"], options)
                 else:
                     changed |= options[0].changed
         assert self.config.audit.depth_agreement is not None  # the configuration has it wherever it has `auto`
@@ -588,9 +597,8 @@ class Bench:
         return read_json(path) if path.exists() else None
 
     @staticmethod
-    def _probes(directory: RunDirectory, member: Member) -> list[dict[str, Any]]:
-        probes: list[dict[str, Any]] = read_json(directory.record("train", member.name))["probes"]
-        return probes
+    def _probes(directory: RunDirectory, member: Member) -> list[Probe]:
+        return [Probe(**probe) for probe in read_json(directory.record("train", member.name))["probes"]]
 
     def _network(self, directory: RunDirectory, member: Member) -> _Network:
         """A member with its stored weights, kept for the next shard; networks of another group are dropped."""
@@ -603,7 +611,7 @@ class Bench:
             model.float().to(self.device).eval()
             if weights_fingerprint(model) != trained["weights_fingerprint"]:
                 raise LeadlineError(f"{path}: not the weights that the run was begun with; restore the file")
-            probes = [Probe(**probe) for probe in trained["probes"]]
+            probes = self._probes(directory, member)
             self._networks[member.name] = (model, probes, self._reducers(directory, member, probes))
         return self._networks[member.name]
 
@@ -617,10 +625,10 @@ class Bench:
         return make_reducers(probes, load_directions(path, self.device))
 
     @staticmethod
-    def _array(open_files: ExitStack, path: Path, n_rows: int, probe: Probe) -> Array:
-        """A new .npy file of a probe, mapped for writing; it takes its name when all files of the unit are whole."""
+    def _array(open_files: ExitStack, path: Path, n_rows: int, width: int) -> Array:
+        """A new .npy file, mapped for writing; it takes its name when all files of the unit are whole."""
         beside = open_files.enter_context(replacing(path))
-        array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, stored_width(probe)))
+        array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, width))
         open_files.callback(array.flush)
         return array
 

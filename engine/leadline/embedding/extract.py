@@ -10,7 +10,7 @@ import torch
 
 from leadline.embedding.outputs import Array, Outputs, summarise_logits
 from leadline.embedding.principal import Directions, principal_directions, search_bytes
-from leadline.embedding.reductions import Reducer, parse_reduction
+from leadline.embedding.reductions import Reducer, make_reducers, parse_reduction
 from leadline.errors import LeadlineError
 from leadline.members.probes import Probe, read_probes
 
@@ -48,6 +48,20 @@ def embed_batch(
     for name, values in named:
         _check_finite(np.isfinite(values).all(axis=1), ids, name, member)
     return Embedded(arrays, summarise_logits(named[0][1]))
+
+
+def embed_input(probe: Probe, inputs: torch.Tensor, first_point: int) -> Array:
+    """The embedding of a batch (inputs [B, ...]) at the input probe, float32 [B, stored width]: of every member alike.
+
+    Raises LeadlineError that names the point where it is not finite.
+    """
+    (reduce,) = make_reducers([probe], {})
+    with _float32_products():
+        values = reduce(inputs.flatten(1).to(torch.float32)).cpu().numpy()
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise LeadlineError(f"probe input: not finite at point {first_point + int(np.argmin(finite))}; mend that input")
+    return np.asarray(values)
 
 
 def _check_finite(finite: Array, ids: Array, name: str, member: str) -> None:

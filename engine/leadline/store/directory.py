@@ -118,16 +118,15 @@ class RunDirectory:
         """What the logits of one shard say; written last, so it is the record of the embedding unit."""
         return self.scratch / member / f"outputs-{shard:05d}.npy"
 
-    def free_votes(self, member: str) -> None:
-        """Remove the units of voting, indexing and audit of a member that is reduced."""
+    def free_member(self, member: str, *, keep_indexes: bool) -> None:
+        """Remove a reduced member's embeddings, its units of voting, indexing and audit, and its indexes or not."""
         for stage in ("vote", "index", "audit"):
             shutil.rmtree(self.root / "units" / stage / member, ignore_errors=True)
-
-    def free_indexes(self, member: str) -> None:
-        """Remove the indexes of a member that is reduced."""
-        shutil.rmtree(self.indexes / member, ignore_errors=True)
-        with suppress(OSError):
-            self.indexes.rmdir()  # of the last one
+        shutil.rmtree(self.scratch / member, ignore_errors=True)
+        if not keep_indexes:
+            shutil.rmtree(self.indexes / member, ignore_errors=True)
+            with suppress(OSError):
+                self.indexes.rmdir()  # of the last one
 
     def free_shared(self) -> None:
         """Remove what members share, once all of them are reduced."""

@@ -1,0 +1,177 @@
+"""The units of a run, a group of members at a time: what each needs, and what is there from an earlier try."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from leadline.cluster.common import CommonBank
+from leadline.cluster.schedule import Thing, Unit
+from leadline.cluster.units import Member, is_tried
+from leadline.config import RunConfig
+from leadline.members.probes import Probe
+from leadline.store import RunDirectory
+from leadline.store.files import read_json
+
+# Stages in the order in which they are told, and what their work is counted in. All but the first two and the last but
+# one are stages that only some runs have.
+STAGES = {
+    "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
+    "vote": "votes", "audit": "points", "reduce": "points",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the units of a run follow from.
+
+    probes: of each architecture; common: what the members share; points, shards, blocks: how many there are.
+    """
+
+    config: RunConfig
+    members: Sequence[Member]
+    probes: dict[str, list[Probe]]
+    common: CommonBank
+    points: int
+    shards: int
+    blocks: int
+
+    def totals(self, members: Sequence[Member]) -> "Counter[str]":
+        """Units of each stage for a group of members, were nothing there already."""
+        total = Counter({"train": len(members), "embed": self.shards, "reduce": len(members)})
+        for member in members:
+            probes = self.probes[member.architecture]
+            total["vote"] += len(probes) * self.blocks
+            for stage in ("trial", "index", "keep", "audit"):
+                total[stage] += sum(self._has(stage, member, probe) for probe in probes)
+        if self.members[0] in members and self.common.pays:
+            total["share"] = self.blocks
+        return total
+
+    def units(self, group: int, members: Sequence[Member], directory: RunDirectory) -> list[Unit]:
+        """What is still to be done for a group of members, whose embeddings lie in the directory's scratch."""
+        made = list(self._train(group, members, directory))
+        waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
+        if waiting:
+            made += self._embed(group, waiting, directory)
+            made += self._share(group, waiting, directory)
+        for member in waiting:
+            made += self._beside(group, member, directory)
+            made += self._vote(group, member, directory)
+            # What all members share is counted at the first of them.
+            shared = (("shared",),) if member == self.members[0] else ()
+            needs = (("voted", member.name), ("audited", member.name), *shared)
+            made.append(_unit(group, "reduce", directory, (member,), needs, (("reduced", member.name),)))
+        return made
+
+    def _train(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
+        for member in members:
+            if not directory.record("train", member.name).exists():
+                yield _unit(group, "train", directory, (member,), (), (("trained", member.name),))
+
+    def _embed(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
+        """A shard is read and decoded once for all members; if that fails, once for each, so that others go on."""
+        for shard in range(self.shards):
+            missing = [m for m in members if not directory.outputs(m.name, shard).exists()]
+            parts: list[tuple[tuple[Member, ...], Thing]] = [((m,), ("embedded", m.name)) for m in missing]
+            if not directory.embedding("input", 0, shard).exists():
+                parts.append(((), ("input", group)))
+
+            def unit(of: tuple[Member, ...], made: tuple[Thing, ...], instead: tuple[Unit, ...], shard: int) -> Unit:
+                needs = tuple(("trained", member.name) for member in of)
+                return _unit(group, "embed", directory, (of, shard), needs, made, ("networks", group), instead)
+
+            if parts:
+                alone = tuple(unit(of, (thing,), (), shard) for of, thing in parts) if len(parts) > 1 else ()
+                yield unit(tuple(missing), tuple(thing for _, thing in parts), alone, shard)
+
+    def _share(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
+        """Once for the run, with its first member; kept until every member is reduced."""
+        if not self.common.pays or self.members[0] not in members:
+            return
+        for block in range(self.blocks):
+            if not directory.shared_cost(block).exists():
+                open_in = [("vote", m.name, 1, block) for m in members] if self._until_decided else []
+                embedded = [("embedded", m.name) for m in members] if self._until_decided else []
+                needs = (("input", group), *embedded, *open_in)
+                made = (("shared",), ("share", block))
+                yield _unit(group, "share", directory, (tuple(members), block), needs, made, ("bank", "input"))
+
+    def _beside(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
+        """Trials, indexes, kept banks and audits, of the runs that have them."""
+        needs = _embedded(group, member)
+        for probe in self.probes[member.architecture]:
+            p, bank = probe.index, ("bank", member.name, probe.index)
+            if self._has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
+                yield _unit(group, "trial", directory, (member, p), needs, (("tried", member.architecture),), bank)
+            if self._has("index", member, probe) and not _is_indexed(directory, member, p):
+                tried = (("tried", member.architecture),)
+                made = (("index", member.name, p),)
+                yield _unit(group, "index", directory, (member, p), (*needs, *tried), made, bank)
+            if self._has("keep", member, probe) and not directory.bank(member.name, p).exists():
+                # Not a vote, but it reads the embeddings too, which go when all is voted.
+                yield _unit(group, "keep", directory, (member, p), needs, (("voted", member.name),))
+            if self._has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
+                voted = (("voted", member.name),)
+                yield _unit(group, "audit", directory, (member, p), (*needs, *voted), (("audited", member.name),), bank)
+
+    def _vote(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
+        """Wide probes first, or the last one where a vote waits for that of the next probe."""
+        probes = self.probes[member.architecture]
+        for probe in sorted(probes, key=lambda probe: -probe.index if self._until_decided else -probe.width):
+            p, is_shared = probe.index, probe.index == 0 and self.common.pays
+            bank = ("shared", member.name) if is_shared else ("bank", member.name, p)
+            for block in range(self.blocks):
+                if directory.votes_cost(member.name, p, block).exists():
+                    continue
+                needs = [*_embedded(group, member), ("index", member.name, p)]
+                made: list[Thing] = [("voted", member.name)]
+                if is_shared:
+                    needs.append(("share", block))
+                if self._until_decided:
+                    needs.append(("vote", member.name, p + 1, block))
+                    made.append(("vote", member.name, p, block))
+                yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
+
+    @property
+    def _until_decided(self) -> bool:
+        return self.config.votes == "until-decided"
+
+    def _has(self, stage: str, member: Member, probe: Probe) -> bool:
+        """Whether a member's probe has a unit of one of the stages that only some runs have."""
+        match stage:
+            case "trial":
+                # By the first member of each architecture, on behalf of all.
+                first = next(m for m in self.members if m.architecture == member.architecture)
+                return "auto" in self.config.methods and member == first and is_tried(self.config, self.common, probe)
+            case "index":
+                return self.config.method_of(probe.name) != "exact"
+            case "keep":
+                # The input is the same for every member, and kept once.
+                return self.config.engine.keep_indexes and (probe.index > 0 or member == self.members[0])
+            case _:
+                return not self.config.is_exact
+
+
+def _embedded(group: int, member: Member) -> tuple[Thing, ...]:
+    return ("embedded", member.name), ("input", group)
+
+
+def _unit(
+    group: int, stage: str, directory: RunDirectory, arguments: tuple[Any, ...], needs: tuple[Thing, ...],
+    makes: tuple[Thing, ...], warm: Thing | None = None, instead: tuple[Unit, ...] = (),
+) -> Unit:  # fmt: skip
+    """With a name such as "vote mlp-0 3 12"."""
+    said: list[str] = []
+    for argument in arguments:
+        said += (
+            [m.name for m in argument] if isinstance(argument, tuple) else [str(getattr(argument, "name", argument))]
+        )
+    return Unit(stage, (directory, *arguments), " ".join([stage, *said]), needs, makes, group, warm, instead)
+
+
+def _is_indexed(directory: RunDirectory, member: Member, probe: int) -> bool:
+    record = directory.index_record(member.name, probe)
+    if not record.exists():
+        return False
+    return read_json(record)["method"] == "exact" or directory.index(member.name, probe).exists()
