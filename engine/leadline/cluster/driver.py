@@ -21,7 +21,7 @@ from rich.console import Console
 from leadline.cluster.common import CommonBank
 from leadline.cluster.pool import Pool, connected
 from leadline.cluster.progress import Stages
-from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, shard_edges
+from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, may_err, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -236,7 +236,9 @@ def _units_beside(
             # The input is the same for every member, and kept once.
             chosen = [(m, p) for m, p in every if p["index"] or m == members[0]] if config.engine.keep_indexes else []
         case _:
-            chosen = [] if config.is_exact else every
+            # Depths are audited, and they are made from the votes at all probes.
+            audited = {m.name for m, p in every if may_err(config, p)}
+            chosen = [(m, p) for m, p in every if m.name in audited]
     return [(member, probe["index"]) for member, probe in chosen]
 
 
