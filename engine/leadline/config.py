@@ -203,7 +203,7 @@ class Engine(Section):
 
 
 class Audit(Section):
-    """How the error of approximate votes is measured: a random sample of points is answered exactly too."""
+    """How the error of indexes and reductions is measured: a random sample is answered exactly at full width too."""
 
     sample: int = Field(default=1000, ge=1, description="points; all of them where there are fewer")
     seed: int = Field(default=0, ge=0, description="of the sample")
@@ -271,11 +271,6 @@ class RunConfig(Section):
     def methods(self) -> set[str]:
         """All methods that are named."""
         return {self.method} if isinstance(self.method, str) else set(self.method.values())
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every vote is, by the configuration alone."""
-        return self.methods <= {"exact"}
 
     def method_of(self, probe: str) -> str:
         """The method of a probe, by its name. Raises LeadlineError where two patterns match it."""

@@ -205,7 +205,7 @@ def test_auto_takes_what_the_trial_measured(tmp_path, monkeypatch):
             {"method": COARSE, "seconds": 1.0, "changed": tried[COARSE]["changed"]},
             {"method": "flat", "seconds": 2.0, "changed": []},
         ]
-        record = {"exact_seconds": 9.0 if probe in (1, 3) else 0.5, "options": options}
+        record = {"exact_seconds": 9.0 if probe in (1, 3) else 0.5, "reduced": [], "options": options}
         directory.trial("mlp", probe).write_text(json.dumps(record))
     for probe in range(4):
         bench.index(directory, member, probe)
@@ -220,7 +220,7 @@ def test_auto_leaves_room_for_what_a_given_method_changes(tmp_path):
     for spent, expected in ((0, "flat"), (9, "exact")):
         for probe, method, changed in ((1, COARSE, list(range(spent))), (2, "flat", [100, 101])):
             option = {"method": method, "seconds": 1.0, "changed": changed}
-            write_json(directory.trial("mlp", probe), {"exact_seconds": 9.0, "options": [option]})
+            write_json(directory.trial("mlp", probe), {"exact_seconds": 9.0, "reduced": [], "options": [option]})
         bench.index(directory, member, 2)
         assert json.loads(directory.index_record(member.name, 2).read_text())["method"] == expected
 

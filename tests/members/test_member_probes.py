@@ -8,7 +8,7 @@ from torch import nn
 
 from leadline.errors import LeadlineError
 from leadline.members.architectures import build
-from leadline.members.probes import Probe, place_probes, read_probes
+from leadline.members.probes import Probe, place_probes, read_probe, read_probes
 from leadline.torchvision_import import import_torchvision
 
 CIFAR = (3, 32, 32)
@@ -358,6 +358,26 @@ def test_modes_are_restored_and_hooks_removed():
     assert [module.training for module in model.modules()] == [True, True, False, True, True]
     assert n_hooks(model) == 0
     assert torch.equal(model.state_dict()["1.running_mean"], before)
+
+
+def test_one_probe_is_read_as_among_all_and_nothing_after_it_is_computed(resnet):
+    probes, inputs = placed(resnet, ["bn1", "layer*.*"]), torch.rand(5, *CIFAR)
+    called = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
+        for name, module in resnet.named_modules()
+        if name in [probe.place for probe in probes]
+    ]
+    resnet.train()
+    for probe, expected in zip(probes, read_probes(resnet, probes, inputs)[0], strict=True):
+        called.clear()
+        assert torch.equal(read_probe(resnet, probe, inputs), expected)
+        inner = [other.place for other in probes[1 : probe.index + 1] if other.place]
+        assert called == (inner if probe.index else [])
+        assert n_hooks(resnet) == 0 and all(module.training for module in resnet.modules())
+    resnet.eval()
+    for handle in handles:
+        handle.remove()
 
 
 def test_other_inputs_than_those_placed_for():

@@ -7,7 +7,7 @@ from typing import Any
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import Member, is_tried
+from leadline.cluster.units import Member, is_tried, may_err
 from leadline.config import RunConfig
 from leadline.members.probes import Probe
 from leadline.store import RunDirectory
@@ -150,7 +150,8 @@ class Graph:
                 # The input is the same for every member, and kept once.
                 return self.config.engine.keep_indexes and (probe.index > 0 or member == self.members[0])
             case _:
-                return not self.config.is_exact
+                # Depths are audited, and they are made from the votes at all probes.
+                return any(may_err(self.config, other) for other in self.probes[member.architecture])
 
 
 def _embedded(group: int, member: Member) -> tuple[Thing, ...]:

@@ -18,12 +18,12 @@ import torch
 from leadline.cluster.common import CommonBank, common_bank, own_neighbours
 from leadline.config import MemberConfig, RunConfig
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch, embed_input, fit_directions
+from leadline.embedding import EmbeddedRows, embed_batch, embed_input, fit_directions
 from leadline.embedding.principal import load_directions, save_directions
 from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers, stored_width
 from leadline.errors import LeadlineError
 from leadline.knn import NOTHING, Bank, Cost, Index, Votes, build_index, count_votes, load_index, parse_method
-from leadline.knn.arrays import Array, Shards
+from leadline.knn.arrays import Array, Rows, Shards
 from leadline.knn.audit import audit_depths, draw, interval, recall_at_k
 from leadline.knn.choice import Choice, Option, Trial, candidates, choose
 from leadline.members.architectures import build
@@ -78,9 +78,19 @@ def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
     return replace(common, pays=common.pays and config.method_of("input") in ("exact", "auto"))
 
 
-def is_tried(config: RunConfig, common: CommonBank, probe: Probe) -> bool:
-    """Whether methods of a probe are tried, so that `auto` may choose: its own, or one beside it."""
+def has_choice(config: RunConfig, common: CommonBank, probe: Probe) -> bool:
+    """Whether a probe is searched by anything but exact search, or may be."""
     return config.method_of(probe.name) != "exact" and not (probe.index == 0 and common.pays)
+
+
+def is_tried(config: RunConfig, common: CommonBank, probe: Probe) -> bool:
+    """Whether a probe has a trial where `auto` chooses: for its own method, or for what it changes beside others."""
+    return has_choice(config, common, probe) or probe.reduction != "none"
+
+
+def may_err(config: RunConfig, probe: Probe) -> bool:
+    """Whether the votes of a probe may be other than exact ones at full width."""
+    return config.method_of(probe.name) != "exact" or probe.reduction != "none"
 
 
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -206,11 +216,16 @@ class Bench:
     def trial(self, directory: RunDirectory, member: Member, probe: int) -> int:
         """Measure the methods that a probe may have, beside exact search, on a sample. Returns the sample's points.
 
+        What they change is told against exact votes at full width, and so is what the probe's reduction changes alone.
         Stored for the architecture: which method pays is the same for all its members, or nearly so.
         """
+        about = self._probes(directory, member)[probe]
         bank_ids = self._training_ids(member)
         rows, queries, own = self._question(directory, member.name, probe, bank_ids, self.tried)
         said = self._outputs(directory, member)[self.tried]["prediction"]
+
+        def agrees(neighbours: Array) -> Array:
+            return np.asarray(count_votes(self.points.labels[neighbours]).winner == said)
 
         def measured(method: str) -> tuple[float, float, Array]:
             """Seconds to make ready, seconds for all points, and where the sample's votes are the prediction."""
@@ -220,20 +235,24 @@ class Bench:
             started = time.perf_counter()
             found, _ = search.search(queries, self.config.k, own)
             seconds = time.perf_counter() - started
-            winner = count_votes(self.points.labels[bank_ids[found]]).winner
-            return ready, seconds * len(self.points) / len(queries), winner == said
+            return ready, seconds * len(self.points) / len(queries), agrees(bank_ids[found])
 
         measured("exact")  # compiles
-        ready, seconds, exact = measured("exact")
+        ready, seconds, stored = measured("exact")
+        exact = stored
+        if about.reduction != "none":
+            exact = agrees(self._exact_neighbours(directory, member, probe, self.tried))
         exact_seconds, options = ready + seconds, []
-        method = self.config.method_of(self._probes(directory, member)[probe].name)
-        for option in candidates(len(bank_ids)) if method == "auto" else [method]:
+        method = self.config.method_of(about.name)
+        methods = candidates(len(bank_ids)) if method == "auto" else [method]
+        for option in methods if has_choice(self.config, self.common, about) else []:
             ready, seconds, votes = measured(option)
             changed = np.flatnonzero(votes != exact).tolist()
             options.append({"method": option, "seconds": ready + seconds, "changed": changed})
             if ready > exact_seconds:
                 break  # the others take as long to build
-        record = {"exact_seconds": exact_seconds, "options": options}
+        reduced = np.flatnonzero(stored != exact).tolist()
+        record = {"exact_seconds": exact_seconds, "reduced": reduced, "options": options}
         write_json(directory.trial(member.architecture, probe), record)
         return len(queries)
 
@@ -270,19 +289,20 @@ class Bench:
         given = {own.index: self.config.method_of(own.name) for own in probes}
         if given[probe] != "auto":
             return Choice(given[probe], "")
-        if not is_tried(self.config, self.common, probes[probe]):
+        if not has_choice(self.config, self.common, probes[probe]):
             return Choice("exact", SHARED)
         changed, trials = np.zeros(len(self.tried), bool), {}
         for own in probes:
             if is_tried(self.config, self.common, own):
                 record = read_json(directory.trial(member.architecture, own.index))
+                changed |= _mask(record["reduced"], len(self.tried))
                 options = [
                     Option(option["method"], option["seconds"], _mask(option["changed"], len(self.tried)))
                     for option in record["options"]
                 ]
-                if given[own.index] == "auto":
+                if given[own.index] == "auto" and options:
                     trials[own.index] = Trial(record["exact_seconds"], options)
-                else:
+                elif options:
                     changed |= options[0].changed
         assert self.config.audit.depth_agreement is not None  # the configuration has it wherever it has `auto`
         return choose(trials, self.config.audit.depth_agreement, changed)[probe]
@@ -319,7 +339,7 @@ class Bench:
             neighbours, cost = self._among_shared(directory, member, block, asked)
         else:
             neighbours, cost = self._among_own(directory, member, probe, asked)
-        if self._method(directory, member, probe) != "exact":
+        if not self._is_exact(directory, member, probe):
             self._save_sampled(directory.sampled(member.name, probe, block), asked, neighbours)
         votes = count_votes(self.points.labels[neighbours])
         part = np.empty(len(asked), VOTES)
@@ -333,14 +353,13 @@ class Bench:
         return len(asked)
 
     def audit(self, directory: RunDirectory, member: Member, probe: int) -> int:
-        """Exact votes of the sample at one probe, and what the run's own are beside them. Returns the sample's points.
+        """Exact votes of the sample at one probe, at full width, and what the run's own are beside them.
 
-        Where the probe is exact, its votes are taken as they are, and only those made that `votes: until-decided` left
-        out, since an approximate vote at a later probe may have done so wrongly.
+        Where the run's are such votes, they are taken as they are, and only those made that `votes: until-decided` left
+        out, since another vote at a later probe may have done so wrongly. Returns the sample's points.
         """
         n_probes = len(self._probes(directory, member))
-        methods = [self._method(directory, member, other) for other in range(n_probes)]
-        if set(methods) == {"exact"}:
+        if all(self._is_exact(directory, member, other) for other in range(n_probes)):
             write_json(directory.audit_record(member.name, probe), {})
             return 0
         part = np.concatenate([_load(path) for path in self._blocks(directory.votes_part, member, probe)])
@@ -348,7 +367,7 @@ class Bench:
         voted = place >= 0
         winner = np.full(len(self.sample), -1, np.int32)
         winner[voted] = part["winner"][place[voted]]
-        is_exact = methods[probe] == "exact"
+        is_exact = self._is_exact(directory, member, probe)
         exact, asked = winner.copy(), self.sample[~voted] if is_exact else self.sample
         neighbours = self._exact_neighbours(directory, member, probe, asked)
         exact[~voted if is_exact else slice(None)] = count_votes(self.points.labels[neighbours]).winner
@@ -365,22 +384,32 @@ class Bench:
         write_json(directory.audit_record(member.name, probe), record)
         return len(self.sample)
 
-    def _method(self, directory: RunDirectory, member: Member, probe: int) -> str:
-        """The method by which the run searches a probe."""
-        return str((self._index_record(directory, member.name, probe) or {"method": "exact"})["method"])
+    def _is_exact(self, directory: RunDirectory, member: Member, probe: int) -> bool:
+        """Whether the run's votes at a probe are exact ones at full width."""
+        record = self._index_record(directory, member.name, probe) or {"method": "exact"}
+        return bool(record["method"] == "exact" and self._probes(directory, member)[probe].reduction == "none")
 
     def _blocks(self, path: Callable[[str, int, int], Path], member: Member, probe: int) -> list[Path]:
         """The files of a probe's query blocks, in order."""
         return [path(member.name, probe, block) for block in range(len(self.query_blocks))]
 
     def _exact_neighbours(self, directory: RunDirectory, member: Member, probe: int, asked: Array) -> Array:
-        """Ids of the k nearest points of a member's own bank, [Q, k], whatever the method."""
+        """Ids of the k nearest points of a member's own bank, [Q, k], whatever the method and the reduction."""
         bank_ids = self._training_ids(member)
         if not len(asked):
             return np.empty((0, self.config.k), np.int64)
-        rows, queries, own = self._question(directory, member.name, probe, bank_ids, asked)
-        found, _ = self._bank(rows).search(queries, self.config.k, own)
+        self._ready = None  # two banks are never in memory together
+        rows, queries = (self._in_full(directory, member, probe, ids) for ids in (bank_ids, asked))
+        found, _ = self._bank(rows).search(queries, self.config.k, self._left_out(bank_ids, asked))
         return bank_ids[found]
+
+    def _in_full(self, directory: RunDirectory, member: Member, probe: int, ids: Array) -> Rows:
+        """The embeddings of some points at full width: as they are stored, or made again where those are reduced."""
+        if self._probes(directory, member)[probe].reduction == "none":
+            return self._rows(directory, member.name, probe, ids)
+        model, probes, _ = self._network(directory, member)
+        batch_size = self.config.engine.batch_size
+        return EmbeddedRows(model, probes[probe], self._inputs, ids, len(self.points), batch_size)
 
     def _save_sampled(self, path: Path, asked: Array, neighbours: Array) -> None:
         """Keep what the run found for the points that are audited: the audit is of just these votes."""
@@ -439,11 +468,12 @@ class Bench:
         self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array
     ) -> tuple[Shards, Array, Array | None]:
         """Rows of a bank, queries [Q, width], and the row that each must not count."""
-        own = places(bank_ids, asked) if self.config.leave_one_out else None
-        every = np.arange(len(self.points))
-        return (
-            self._rows(directory, owner, probe, bank_ids), self._rows(directory, owner, probe, every)[asked], own,
-        )  # fmt: skip
+        rows, queries = (self._rows(directory, owner, probe, ids) for ids in (bank_ids, asked))
+        return rows, queries[:], self._left_out(bank_ids, asked)
+
+    def _left_out(self, bank_ids: Array, asked: Array) -> Array | None:
+        """The bank row that each of these points must not count."""
+        return places(bank_ids, asked) if self.config.leave_one_out else None
 
     def _rows(self, directory: RunDirectory, owner: str, probe: int, ids: Array) -> Shards:
         """The embeddings of some points, which are mapped and not read."""
@@ -504,7 +534,7 @@ class Bench:
         }
 
     def _depth_audit(self, directory: RunDirectory, member: Member, n_probes: int) -> dict[str, Any]:
-        """The audit of a member's depths; nothing where its votes are exact."""
+        """The audit of a member's depths; nothing where its votes are exact at full width."""
         paths = [directory.audited(member.name, probe) for probe in range(n_probes)]
         if not paths[0].exists():
             return {}
@@ -574,7 +604,7 @@ class Bench:
             self._ready = ((owner, probe), self._index(directory, owner, probe, rows) or self._bank(rows))
         return self._ready[1]
 
-    def _bank(self, rows: Shards) -> Bank:
+    def _bank(self, rows: Rows) -> Bank:
         return Bank(rows, self.device, self.config.engine.memory_budget)
 
     def _built(self, method: str, rows: Shards) -> Index:

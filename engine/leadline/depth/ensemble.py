@@ -13,7 +13,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class MemberDepths:
     """One member's answers for N points, arrays [N] as in the table of depths.
 
-    depth_error: how far its depths may be from exact ones, in the mean; 0 where its votes are exact.
+    depth_error: how far its depths may be from exact ones at full width, in the mean; 0 where its votes are such.
     """
 
     in_training: Array

@@ -37,7 +37,7 @@ def embed_batch(
     Raises LeadlineError that names the member, the probe and the point where an embedding or a logit is not finite;
     first_point is the id of the batch's first point.
     """
-    with _float32_products():
+    with float32_products():
         embeddings, logits = read_probes(model, probes, inputs)
         if reducers is not None:
             embeddings = [reduce(values) for reduce, values in zip(reducers, embeddings, strict=True)]
@@ -56,7 +56,7 @@ def embed_input(probe: Probe, inputs: torch.Tensor, first_point: int) -> Array:
     Raises LeadlineError that names the point where it is not finite.
     """
     (reduce,) = make_reducers([probe], {})
-    with _float32_products():
+    with float32_products():
         values = reduce(inputs.flatten(1).to(torch.float32)).cpu().numpy()
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
@@ -99,7 +99,7 @@ def fit_directions(
     directions: dict[int, Directions] = {}
     for group in _groups([probe for probe in probes if probe.index in sizes], sizes, memory):
         stream = partial(_stream, model, probes, group, read, sample, batch_size, member)
-        with _float32_products():
+        with float32_products():
             found = principal_directions(stream, [sizes[index] for index in group])
         directions.update(zip(group, found, strict=True))
     return directions
@@ -140,7 +140,7 @@ def _stream(
 
 
 @contextmanager
-def _float32_products() -> Iterator[None]:
+def float32_products() -> Iterator[None]:
     """Full float32 on GPUs: TF32 would make embeddings depend on the device's generation."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

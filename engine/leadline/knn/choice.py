@@ -13,7 +13,8 @@ class Option:
     """What one method did in the trial of a layer.
 
     seconds: to build it, and to search for all points at the speed at which the sample was. changed: bool [n], at which
-    sampled points the vote came to agree with the network's prediction, or to disagree, where the exact one did not.
+    sampled points the vote came to agree with the network's prediction, or to disagree, where the exact one at full
+    width did not.
     """
 
     method: str
@@ -54,7 +55,7 @@ def choose(trials: Mapping[int, Trial], target: float, changed: Array) -> dict[i
     vote is the prediction is all that a depth asks. So the share of points at which no layer of the whole network
     changed is a lower bound of the agreement, and the low end of its 95 % interval on the sample must reach the target.
     From all exact, the switch to an index that saves most time is taken first, then the next, as long as the target is
-    still met. changed: bool [n], the points that layers with a given method have changed already.
+    still met. changed: bool [n], the points that reductions, and layers with a given method, have changed already.
     """
     switches = sorted(
         (

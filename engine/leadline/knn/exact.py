@@ -65,7 +65,6 @@ class Bank:
         self._device = torch.device(device)
         if self._device.type not in DEVICES:
             raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
-        self._rows = rows
         n_bank, width = rows.shape
         self._compiled = self._device.type in COMPILED
         # float32 rows and as many bytes again for what is made of them, at most; on a device the rows are a copy.
@@ -73,11 +72,11 @@ class Bank:
         self._step = n_bank if fits else max(kernels.BLOCK, memory_budget // (SHARE * 4 * width))
         # Queries, each with its values and its distance from every cell's centre.
         self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * max(width, cells_of(n_bank))))
-        self._centre, self._longest = survey(rows, self._step)
+        # Read once, wherever they come from: they may have to be made.
+        self._rows = copied(rows, slice(0, n_bank)) if fits else rows
+        self._centre, self._longest = survey(self._rows, self._step)
         self._scale = scale_of(self._longest)
         self._ready = self._prepare(0) if fits else None
-        if self._ready:
-            self._rows = self._ready[0]  # wherever they came from, they are in memory now
         self.plan = f"{-(-n_bank // self._step)} tiles of {self._step} rows"
         if self._ready:
             self.plan = self._ready[1].plan
@@ -157,7 +156,7 @@ class Bank:
         return _cost(screen, queries, screen.search(tile, first, queries, own, k, error, exact, distances, rows))
 
     def _error(self, queries: Array, exact: bool) -> float:
-        in_float64 = np.result_type(queries, self._rows[:1]) == np.float64
+        in_float64 = np.result_type(queries, self._rows[:0]) == np.float64
         return error_of(queries.shape[1], in_float64, exact)
 
     def _prepare(self, first: int) -> Tile:

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -104,6 +104,31 @@ def read_probes(model: nn.Module, probes: Sequence[Probe], inputs: Tensor) -> tu
                 "inputs of one shape are needed"
             )
     return embeddings, logits
+
+
+def read_probe(model: nn.Module, probe: Probe, inputs: Tensor) -> Tensor:
+    """The embeddings of a batch at one probe, float32 [B, width], the same as `read_probes` gives.
+
+    The forward pass ends at the probe: what comes after it is not computed, and the model's output not checked.
+    """
+    if probe.index == 0:
+        return inputs.flatten(1).to(torch.float32)
+    if probe.place is None:
+        _, output = _forward(model, [], inputs)
+        return torch.softmax(_checked_logits(output, len(inputs)), dim=1)
+    reached: list[Tensor | None] = []
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        reached.append(_copy(output))
+        raise _Reached
+
+    with model.get_submodule(probe.place).register_forward_hook(end), suppress(_Reached):
+        _forward(model, [], inputs)
+    return _rows(probe.place, reached[0] if reached else None, len(inputs))
+
+
+class _Reached(Exception):  # noqa: N818 - not an error
+    """A forward pass has come to the module that is read."""
 
 
 def _forward(model: nn.Module, names: Iterable[str], inputs: Tensor) -> tuple[list[tuple[str, Tensor | None]], Any]:

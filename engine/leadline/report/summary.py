@@ -16,7 +16,8 @@ BAR = 24  # characters of the longest bar of a histogram
 def print_summary(run: Run, console: Console, settled_only: bool = False) -> None:
     """Probe accuracy by layer, histogram of depths, held-out accuracy at each depth, and the ten hardest points.
 
-    Where votes are approximate, also how far they and the depths are from exact ones; and what `auto` chose, and why.
+    Where votes are approximate, or of reduced embeddings, also how far they and the depths are from exact ones at full
+    width; and what `auto` chose, and why.
 
     settled_only leaves out the points of a member whose softmax probe disagrees with its own prediction.
     """
@@ -94,13 +95,15 @@ def _probe_table(run: Run, architecture: str) -> Table:
 
 
 def _print_methods(run: Run, architecture: str, console: Console) -> None:
-    """Methods, choices and audits; nothing where all votes are exact as a matter of course."""
+    """Methods, reductions, choices and audits; nothing where all votes are exact as a matter of course."""
     of_it = f"FROM probes WHERE architecture = {_text(architecture)}"
-    if _column(run.sql(f"SELECT bool_and(method = 'exact' AND choice IS NULL) {of_it}")) == [True]:
+    as_usual = "method = 'exact' AND choice IS NULL AND reduction = 'none'"
+    if _column(run.sql(f"SELECT bool_and({as_usual}) {of_it}")) == [True]:
         return
     rows = run.sql(f"""
-        SELECT probe, name, string_agg(DISTINCT method, ' ') AS method, avg(recall) AS recall,
-            min(recall_low) AS "low end", avg(vote_agreement) AS votes, min(vote_agreement_low) AS "low end "
+        SELECT probe, name, any_value(reduction) AS reduction, string_agg(DISTINCT method, ' ') AS method,
+            avg(recall) AS recall, min(recall_low) AS "low end", avg(vote_agreement) AS votes,
+            min(vote_agreement_low) AS "low end "
         {of_it} GROUP BY probe, name ORDER BY probe
     """)
     console.print(

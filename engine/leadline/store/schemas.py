@@ -40,10 +40,8 @@ MEMBERS = pa.schema(
         ("n_probes", pa.int16()),
         ("training_steps", pa.int64()),  # null where the weights were given
         ("training_precision", pa.string()),
-        (
-            "audit_sample",
-            pa.int64(),
-        ),  # points whose depth was told exactly too; null, as the error, if all votes are exact
+        # Points whose depth was told exactly at full width too; null, as the error, if all votes are so.
+        ("audit_sample", pa.int64()),
         *((field, pa.float64()) for field in ERROR_FIELDS),
     ]
 )
@@ -65,8 +63,9 @@ PROBES = pa.schema(
         *((field.name, pa.int64()) for field in fields(Cost)),
         ("plan", pa.string()),  # how the bank was searched, as a sample of it decided; null where nothing was searched
         ("choice", pa.string()),  # why `auto` took the method; null where the method was given
-        ("index_bytes", pa.int64()),  # null, as all below, where the method is exact
-        ("audit_sample", pa.int64()),  # points whose vote was told exactly too
+        ("index_bytes", pa.int64()),  # null where the method is exact
+        # Points whose vote was told exactly at full width too; null, as all below, where the run's votes are so.
+        ("audit_sample", pa.int64()),
         *((field, pa.float64()) for field in AUDIT_FIELDS),  # null where audit_sample is 0
     ]
 )
@@ -104,7 +103,7 @@ ENSEMBLE = pa.schema(
         ("mean_confidence_held_out", pa.float64()),
         ("mean_margin_held_out", pa.float64()),
         ("mean_entropy_held_out", pa.float64()),
-        ("depth_error_training", pa.float64()),  # error bar of mean_depth_training by approximate votes; 0: exact
+        ("depth_error_training", pa.float64()),  # error bar of mean_depth_training by indexes and reductions; 0: exact
         ("depth_error_held_out", pa.float64()),
     ]
 )

@@ -149,8 +149,8 @@ def _member_faults(
 
 
 def _audit_faults(directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]]) -> Iterator[str]:
-    """Every approximate probe, and a member that has one, carries its measured error; exact ones carry none."""
-    approximate = [probe["method"] != "exact" for probe in probes]
+    """Every approximate or reduced probe, and a member that has one, carries its measured error; others carry none."""
+    approximate = [probe["method"] != "exact" or probe["reduction"] != "none" for probe in probes]
     rows = [
         ("members", member["member"], member, any(approximate), ERROR_FIELDS, member["n_probes"]),
         *(
