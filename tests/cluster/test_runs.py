@@ -342,3 +342,21 @@ def test_a_job_without_a_lasting_directory_is_refused():
     answer = subprocess.run(job, capture_output=True, text=True)
     assert answer.returncode != 0
     assert "--out" in answer.stderr
+
+
+def test_a_job_that_only_trains_leaves_weights_that_the_run_goes_on_from(tmp_path, tiny_run):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(TINY))
+
+    def job(script):
+        command = [sys.executable, str(ROOT / "jobs" / script), str(config), "--out", str(run)]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "embed" not in job("train_ensemble.py").stderr
+    weights = {path: path.stat().st_mtime_ns for path in sorted((run / "weights").iterdir())}
+    assert [path.stem for path in weights] == ["mlp-0", "mlp-1", "mlp-2"]
+    assert [path.name for path in run.rglob("*.parquet")] == ["points.parquet"]
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    job("compute_depths.py")
+    assert weights == {path: path.stat().st_mtime_ns for path in weights}
+    assert tables_of(run) == tables_of(tiny_run.directory.root)

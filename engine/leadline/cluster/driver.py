@@ -45,13 +45,14 @@ SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a f
 
 def run(
     config: RunConfig | str | Path | Mapping[str, Any], out: str | Path | None = None, *, address: str | None = None,
-    overrides: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (), train_only: bool = False,
 ) -> Run:  # fmt: skip
     """Compute the depths of every point under every member, and leave them as tables in a directory.
 
     config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, by default
     runs/<name>; a run that was interrupted goes on from its finished units. address: of a Ray cluster; by default one
-    is started on this machine. overrides: "key=value" in the configuration. Progress goes to standard error.
+    is started on this machine. overrides: "key=value" in the configuration. train_only: stop when the weights of all
+    members are stored; the same call without it goes on from there. Progress goes to standard error.
 
     Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, and a directory that holds
     a run of others.
@@ -72,10 +73,14 @@ def run(
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            _compute(config, directory, members, points, is_local, stages, stamps)
-        directory.free_scratch()
-        _combine(directory, members, points, config, stamps)
-        directory.complete(directory.digests(), stages.report())
+            pool = Pool(config.engine, (config, stamps))
+            _train(pool, directory, members, stages)
+            if not train_only:
+                _compute(pool, config, directory, members, points, is_local, stages)
+        if not train_only:
+            directory.free_scratch()
+            _combine(directory, members, points, config, stamps)
+            directory.complete(directory.digests(), stages.report())
     return open_run(directory.root)
 
 
@@ -148,21 +153,23 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
     write_table(directory.table("points"), POINTS, tables(), stamps)
 
 
+def _train(pool: Pool, directory: RunDirectory, members: list[Member], stages: Stages) -> None:
+    """Train the members, or load their weights; those that an earlier try left are left out."""
+    untrained = [m for m in members if not directory.record("train", m.name).exists()]
+    stages.plan("train", "steps", len(members), len(members) - len(untrained))
+    _do(pool, stages, "train", [("train", (directory, member)) for member in untrained])
+
+
 def _compute(
-    config: RunConfig, directory: RunDirectory, members: list[Member], points: Points, is_local: bool, stages: Stages,
-    stamps: dict[str, str],
+    pool: Pool, config: RunConfig, directory: RunDirectory, members: list[Member], points: Points, is_local: bool,
+    stages: Stages,
 ) -> None:  # fmt: skip
-    """Train, embed, vote and reduce. Every stage leaves out what is there from an earlier try."""
+    """Embed, vote and reduce trained members. Every stage leaves out what is there from an earlier try."""
     n_points = len(points)
     n_shards = len(shard_edges(config, n_points))
     n_blocks = len(blocks(n_points, config.engine.query_block))
     common = bank_of_all(config, points.parts)
-    untrained = [m for m in members if not directory.record("train", m.name).exists()]
     waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
-    pool = Pool(config.engine, (config, stamps))
-    stages.plan("train", "steps", len(members), len(members) - len(untrained))
-    _do(pool, stages, "train", [("train", (directory, member)) for member in untrained])
-
     probes = {m.name: read_json(directory.record("train", m.name))["probes"] for m in members}
     groups = [waiting[first:stop] for first, stop in blocks(len(waiting), config.engine.group_size)]
     with _scratch(config, directory, groups, probes, n_points, is_local, stages) as placed:
