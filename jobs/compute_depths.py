@@ -9,9 +9,15 @@ import sys
 
 from leadline.cli import main
 
-if __name__ == "__main__":
+
+def run_job(*options: str) -> None:
+    """`leadline run` with the arguments of this process, and `options` before them."""
     if not any(argument == "--out" or argument.startswith("--out=") for argument in sys.argv):
         # A job's working directory is a copy that is thrown away with the cluster.
         sys.exit("leadline: --out: a job needs the run's directory, on storage that all nodes share and that stays")
-    sys.argv.insert(1, "run")
+    sys.argv[1:1] = ["run", *options]
     main()
+
+
+if __name__ == "__main__":
+    run_job()

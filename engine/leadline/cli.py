@@ -43,6 +43,7 @@ def run_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the configuration")
     ] = None,
     address: Annotated[str | None, typer.Option(help="of a Ray cluster; by default one is started here")] = None,
+    train_only: Annotated[bool, typer.Option("--train-only", help="stop when all weights are stored")] = False,
 ) -> None:
     """Compute the depths of every point under every member; the same command resumes an interrupted run."""
     # A user's module:function lies in the folder where the command is given.
@@ -50,8 +51,11 @@ def run_command(
     import leadline
     from leadline.report import print_summary
 
-    run = leadline.run(config, out, address=address, overrides=tuple(overrides or ()))
+    run = leadline.run(config, out, address=address, overrides=tuple(overrides or ()), train_only=train_only)
     console = _console()
+    if train_only:
+        console.print(f"members trained in {run.directory.root}", soft_wrap=True)
+        return
     print_summary(run, console)
     console.print(f"tables in {run.directory.root}", soft_wrap=True)
 

@@ -366,3 +366,21 @@ def test_a_unit_that_fails_is_set_aside_and_all_else_is_done(tiny_run, tmp_path)
         for name, rows in found.items():
             expected = pq.read_table(tiny_run.directory.root / table / name / "part-0.parquet")
             assert rows.replace_schema_metadata().equals(expected.replace_schema_metadata())
+
+
+def test_a_job_that_only_trains_leaves_weights_that_the_run_goes_on_from(tmp_path, tiny_run):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(TINY))
+
+    def job(script):
+        command = [sys.executable, str(ROOT / "jobs" / script), str(config), "--out", str(run)]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "embed" not in job("train_ensemble.py").stderr
+    weights = {path: path.stat().st_mtime_ns for path in sorted((run / "weights").iterdir())}
+    assert [path.stem for path in weights] == ["mlp-0", "mlp-1", "mlp-2"]
+    assert [path.name for path in run.rglob("*.parquet")] == ["points.parquet"]
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    job("compute_depths.py")
+    assert weights == {path: path.stat().st_mtime_ns for path in weights}
+    assert tables_of(run) == tables_of(tiny_run.directory.root)

@@ -47,13 +47,14 @@ TOLD = 3  # errors of units that are quoted
 
 def run(
     config: RunConfig | str | Path | Mapping[str, Any], out: str | Path | None = None, *, address: str | None = None,
-    overrides: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (), train_only: bool = False,
 ) -> Run:  # fmt: skip
     """Compute the depths of every point under every member, and leave them as tables in a directory.
 
     config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, by default
     runs/<name>; a run that was interrupted goes on from its finished units. address: of a Ray cluster; by default one
-    is started on this machine. overrides: "key=value" in the configuration. Progress goes to standard error.
+    is started on this machine. overrides: "key=value" in the configuration. train_only: stop when the weights of all
+    members are stored; the same call without it goes on from there. Progress goes to standard error.
 
     Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, and a directory that holds
     a run of others.
@@ -77,12 +78,13 @@ def run(
             pool = Pool(config.engine, (config, stamps))
             graph = Graph(
                 config, members, probes, bank_of_all(config, points.parts), len(points),
-                len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)),
+                len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
             _compute(graph, directory, pool, is_local, stages)
-        directory.free_scratch()
-        _combine(directory, members, points, config, stamps)
-        directory.complete(directory.digests(), stages.report())
+        if not train_only:
+            directory.free_scratch()
+            _combine(directory, members, points, config, stamps)
+            directory.complete(directory.digests(), stages.report())
     return open_run(directory.root)
 
 
@@ -181,8 +183,9 @@ def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, 
             stages.say(trace)  # of a defect, for whoever is to mend it
         if failures:
             raise LeadlineError(_told(failures))
-        placed.free_shared()
-        placed.free_scratch()
+        if not graph.train_only:
+            placed.free_shared()
+            placed.free_scratch()
 
 
 def _do(
@@ -246,7 +249,7 @@ def _scratch(
     elif in_memory:
         directory = RunDirectory(directory.root, MEMORY / name)
     room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
-    if groups:
+    if groups and not graph.train_only:
         where = "memory" if in_memory else str(directory.scratch)
         stages.say(f"embeddings: {largest / 1e9:.2f} GB a group of members, in {where}, room for {room / 1e9:.2f} GB")
     try:

@@ -26,6 +26,7 @@ class Graph:
     """What the units of a run follow from.
 
     probes: of each architecture; common: what the members share; points, shards, blocks: how many there are.
+    train_only: members are trained, and nothing else.
     """
 
     config: RunConfig
@@ -35,10 +36,14 @@ class Graph:
     points: int
     shards: int
     blocks: int
+    train_only: bool = False
 
     def totals(self, members: Sequence[Member]) -> "Counter[str]":
         """Units of each stage for a group of members, were nothing there already."""
-        total = Counter({"train": len(members), "embed": self.shards, "reduce": len(members)})
+        total = Counter({"train": len(members)})
+        if self.train_only:
+            return total
+        total.update(embed=self.shards, reduce=len(members))
         for member in members:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks
@@ -52,9 +57,10 @@ class Graph:
         """What is still to be done for a group of members, whose embeddings lie in the directory's scratch."""
         made = list(self._train(group, members, directory))
         waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
-        if waiting:
-            made += self._embed(group, waiting, directory)
-            made += self._share(group, waiting, directory)
+        if self.train_only or not waiting:
+            return made
+        made += self._embed(group, waiting, directory)
+        made += self._share(group, waiting, directory)
         for member in waiting:
             made += self._beside(group, member, directory)
             made += self._vote(group, member, directory)
