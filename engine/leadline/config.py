@@ -197,6 +197,12 @@ class Engine(Section):
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"
     )
+    placement: Literal["auto", "shared", "node", "resident"] = Field(
+        default="auto",
+        description="where embeddings lie: shared, in a folder that all workers see; node, on the disk of the node "
+        "that made them; resident, with the worker that made them; auto: shared on one machine, elsewhere resident "
+        "where a group of members fits memory_budget, else node",
+    )
     keep_indexes: bool = Field(
         default=False, description="keep banks and indexes in the run, for the depths of new points"
     )
@@ -285,7 +291,7 @@ class RunConfig(Section):
     def record(self) -> dict[str, Any]:
         """All that the results depend on, as plain JSON values: everything but workers, memory and scratch."""
         record = self.model_dump(mode="json")
-        for key in ("workers", "memory_budget", "scratch"):
+        for key in ("workers", "memory_budget", "scratch", "placement"):
             del record["engine"][key]
         return record
 

@@ -90,22 +90,29 @@ def test_a_worker_goes_on_with_what_it_has_ready_and_leaves_to_others_what_they_
     assert schedule.take(warm=("b",), held=[("a",)]).name == "a1"  # rather than nothing
 
 
-def test_units_are_given_to_workers_at_their_place_and_can_be_added_anew():
-    near = [Unit("embed", (), "e", makes=(("bank",),), group=1), Unit("vote", (), "v", needs=(("bank",),), group=1)]
+def test_units_are_given_to_workers_at_the_home_of_their_group_and_can_be_added_anew():
+    near = [
+        Unit("train", (), "t", makes=(("net",),), group=1, roams=True),
+        Unit("embed", (), "e", needs=(("net",),), makes=(("bank",),), group=1),
+        Unit("vote", (), "v", needs=(("bank",),), group=1),
+    ]
     schedule = Schedule()
-    schedule.settle(1, "here")
     schedule.add(near)
-    assert schedule.take(places=["there"]) is None
-    schedule.done(schedule.take(places=["here"]))
+    schedule.done(schedule.take(place="there", is_full=True))  # what roams is done anywhere
+    assert schedule.take(place="there", is_full=True) is None
+    schedule.settle(1, "here")
+    assert schedule.take(place="there") is None and schedule.at_home("here") == [1]
+    schedule.done(schedule.take(place="here", is_full=True))
     assert schedule.left(1) == 1
     # The place is lost, and the bank with it.
     schedule.drop(1)
-    assert not schedule
+    assert not schedule and schedule.home(1) is None
+    schedule.add(near[1:])
     schedule.settle(1, "there")
-    schedule.add(near)
-    assert schedule.take(places=["here"]) is None
-    schedule.done(schedule.take(places=["there"]))
-    assert schedule.take(places=["there"]) is near[1]
+    assert schedule.take(place="here") is None
+    schedule.done(schedule.take(place="there"))
+    schedule.done(schedule.take(place="there"))
+    assert schedule.at_home("there") == []
 
 
 @pytest.mark.parametrize("which", ["again", "fail"])

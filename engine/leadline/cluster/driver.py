@@ -2,9 +2,11 @@
 
 import fnmatch
 import hashlib
+import os
 import platform
 import shutil
 import sys
+import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import torch
 from rich.console import Console
 
 from leadline.cluster.graph import STAGES, Graph
-from leadline.cluster.pool import Done, Failure, Pool, connected
+from leadline.cluster.pool import MEMORY, Done, Failure, Pool, Scratch, connected
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
@@ -39,7 +41,8 @@ from leadline.store.files import digest, read_json, sweep
 from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
 from leadline.store.tables import ROWS, read_table, write_table
 
-MEMORY = Path("/dev/shm")  # a file system in memory
+ELSEWHERE = Path(os.devnull) / "scratch"  # of embeddings that only their workers see: nothing is ever there
+GROUPS_OF_A_WORKER = 2  # groups of members that are taken in for each worker, where each has its own place
 SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
 SHARE_OF_DISK = 0.8  # of what is free, for embeddings
 TOLD = 3  # errors of units that are quoted
@@ -75,12 +78,11 @@ def run(
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            pool = Pool(config.engine, (config, stamps))
             graph = Graph(
                 config, members, probes, bank_of_all(config, points.parts), len(points),
                 len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
-            _compute(graph, directory, pool, is_local, stages)
+            _compute(graph, directory, (config, stamps), is_local, stages)
         if not train_only:
             directory.free_scratch()
             _combine(directory, members, points, config, stamps)
@@ -159,26 +161,30 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
     write_table(directory.table("points"), POINTS, tables(), stamps)
 
 
-def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, stages: Stages) -> None:
+def _compute(
+    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, stages: Stages
+) -> None:  # fmt: skip
     """Train, embed, vote and reduce what is not there from an earlier try.
 
     Raises LeadlineError that names the units that were set aside, when all else is done.
     """
+    engine = graph.config.engine
     reduced = [m for m in graph.members if directory.record("reduce", m.name).exists()]
     waiting = [m for m in graph.members if m not in reduced]
-    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), graph.config.engine.group_size)]
+    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), engine.group_size)]
     totals = sum((graph.totals(group) for group in groups), Counter(train=len(reduced), reduce=len(reduced)))
     for stage, measure in STAGES.items():
         if totals[stage]:
             stages.plan(stage, measure, totals[stage])
     for stage in ("train", "reduce"):
         stages.found(stage, len(reduced))
-    keep = graph.config.engine.keep_indexes
-    with _scratch(graph, directory, groups, is_local, stages) as (placed, room):
+    with _scratch(graph, directory, groups, is_local, stages) as (placed, room, scratch):
+        pool = Pool(engine, bench, scratch, is_local, stages.say)
         failures = _do(graph, placed, groups, room, pool, stages)
+        pool.close()
         # Also of members that an earlier try had reduced when it was killed.
         for member in reduced:
-            placed.free_member(member.name, keep_indexes=keep)
+            placed.free_member(member.name, keep_indexes=engine.keep_indexes)
         for trace in dict.fromkeys(failure.trace for failure in failures if failure.trace):
             stages.say(trace)  # of a defect, for whoever is to mend it
         if failures:
@@ -189,36 +195,51 @@ def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, 
 
 
 def _do(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int, pool: Pool, stages: Stages
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, stages: Stages
 ) -> list[Failure]:
-    """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least."""
+    """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least.
+
+    room: None where the workers see to that, each at its own place: then so many that none of them waits for work.
+    """
     schedule, waiting, taken = Schedule(), deque(enumerate(groups)), dict[int, int]()
+
+    def add(number: int) -> None:
+        units = graph.units(number, groups[number], directory)
+        there = graph.totals(groups[number]) - Counter(unit.stage for unit in units)
+        for stage in STAGES if number not in taken else ():
+            stages.found(stage, there[stage])
+        schedule.add(units)
+        if units:
+            taken[number] = _embedding_bytes(graph, groups[number])
 
     def take_in() -> None:
         for number in [number for number in taken if not schedule.left(number)]:
             del taken[number]
         while waiting:
             number, group = waiting[0]
-            size = _embedding_bytes(graph, group)
-            if taken and sum(taken.values()) + size > room:
+            if room is None and len(taken) >= GROUPS_OF_A_WORKER * pool.size:
+                break
+            if room is not None and taken and sum(taken.values()) + _embedding_bytes(graph, group) > room:
                 break
             waiting.popleft()
-            units = graph.units(number, group, directory)
-            for stage, there in (graph.totals(group) - Counter(unit.stage for unit in units)).items():
-                stages.found(stage, there)
-            schedule.add(units)
-            if units:
-                taken[number] = size
+            add(number)
+
+    def began(unit: Unit) -> None:
+        if unit.stage in STAGES:
+            stages.begin(unit.stage)
 
     def done(unit: Unit, result: Done) -> None:
-        stages.advance(unit.stage, *result)
-        if unit.stage == "reduce":
-            _, member = unit.arguments
-            directory.free_member(member.name, keep_indexes=graph.config.engine.keep_indexes)
+        if unit.stage in STAGES:
+            stages.advance(unit.stage, *result)
         take_in()
 
+    def lost(number: int) -> None:
+        stages.say(f"embeddings of {', '.join(m.name for m in groups[number])} are lost with their place: made again")
+        schedule.drop(number)
+        add(number)
+
     take_in()
-    return pool.run(schedule, lambda unit: stages.begin(unit.stage), done)
+    return pool.run(schedule, began, done, lost)
 
 
 def _told(failures: list[Failure]) -> str:
@@ -234,26 +255,36 @@ def _told(failures: list[Failure]) -> str:
 @contextmanager
 def _scratch(
     graph: Graph, directory: RunDirectory, groups: list[list[Member]], is_local: bool, stages: Stages
-) -> Iterator[tuple[RunDirectory, int]]:
-    """The run's directory with a place for embeddings, and the bytes that it has room for.
+) -> Iterator[tuple[RunDirectory, int | None, Scratch]]:
+    """The run's directory with a place for embeddings, the bytes that it has room for, and where workers have theirs.
 
-    The place is the one asked for, memory where they fit, or the run's own directory.
+    Shared embeddings lie in the folder asked for, in memory where they fit, or in the run's own directory.
     """
-    config = graph.config
+    engine = graph.config.engine
     largest = max((_embedding_bytes(graph, group) for group in groups), default=0)
     name = f"leadline-{hashlib.sha256(str(directory.root).encode()).hexdigest()[:16]}"
-    free = _free_memory(MEMORY / name) if config.engine.scratch is None and is_local else 0
+    placement = engine.placement
+    if placement == "auto":
+        placement = "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
+    scratch = Scratch(placement, engine.scratch, name, uuid.uuid4().hex[:12], largest)
+    says = f"embeddings: {largest / 1e9:.2f} GB a group of members"
+    if placement != "shared":
+        if groups and not graph.train_only:
+            stages.say(f"{says}, placement {placement}")
+        yield RunDirectory(directory.root, ELSEWHERE), None, scratch
+        return
+    free = _free_memory(MEMORY / name) if engine.scratch is None and is_local else 0
     in_memory = largest <= free
-    if config.engine.scratch is not None:
-        directory = RunDirectory(directory.root, config.engine.scratch.absolute() / name)
+    if engine.scratch is not None:
+        directory = RunDirectory(directory.root, engine.scratch.absolute() / name)
     elif in_memory:
         directory = RunDirectory(directory.root, MEMORY / name)
     room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
     if groups and not graph.train_only:
         where = "memory" if in_memory else str(directory.scratch)
-        stages.say(f"embeddings: {largest / 1e9:.2f} GB a group of members, in {where}, room for {room / 1e9:.2f} GB")
+        stages.say(f"{says}, placement shared, in {where}, room for {room / 1e9:.2f} GB")
     try:
-        yield directory, room
+        yield directory, room, scratch
     finally:
         # Memory is given back also when the run ends early; on disk, finished shards wait for the next try.
         if in_memory:

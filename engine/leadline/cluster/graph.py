@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from leadline.cluster.common import CommonBank
@@ -13,8 +13,7 @@ from leadline.members.probes import Probe
 from leadline.store import RunDirectory
 from leadline.store.files import read_json
 
-# Stages in the order in which they are told, and what their work is counted in. All but the first two and the last but
-# one are stages that only some runs have.
+# Stages in the order in which they are told, and what their work is counted in; some runs have only some of them.
 STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
     "vote": "votes", "audit": "points", "reduce": "points",
@@ -67,13 +66,16 @@ class Graph:
             # What all members share is counted at the first of them.
             shared = (("shared",),) if member == self.members[0] else ()
             needs = (("voted", member.name), ("audited", member.name), *shared)
-            made.append(_unit(group, "reduce", directory, (member,), needs, (("reduced", member.name),)))
+            done = ("reduced", member.name)
+            made.append(_unit(group, "reduce", directory, (member,), needs, (done,)))
+            made.append(_unit(group, "free", directory, (member,), (done,), ()))
         return made
 
     def _train(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         for member in members:
             if not directory.record("train", member.name).exists():
-                yield _unit(group, "train", directory, (member,), (), (("trained", member.name),))
+                unit = _unit(group, "train", directory, (member,), (), (("trained", member.name),))
+                yield replace(unit, roams=True)
 
     def _embed(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         """A shard is read and decoded once for all members; if that fails, once for each, so that others go on."""

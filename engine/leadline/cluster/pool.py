@@ -1,12 +1,15 @@
 """Actors that do units: started, fed, replaced when they die."""
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -16,8 +19,12 @@ from leadline.cluster.schedule import Schedule, Thing, Unit
 from leadline.cluster.units import Bench
 from leadline.config import Engine
 from leadline.errors import LeadlineError, one_line
+from leadline.store import RunDirectory
 
+MEMORY = Path("/dev/shm")  # a file system in memory
+SPARE = 2  # times what a group takes, of free memory, for embeddings to lie there
 SECONDS_TO_ANSWER = 10
+SECONDS_OF_PATIENCE = 60
 TRIES = 3  # of a unit
 MEND = "give it more memory, or lower engine.group_size or engine.query_block"
 OBJECT_STORE = 80 << 20  # bytes: nothing but small records passes through it; Ray wants 75 MiB at least
@@ -62,11 +69,53 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Where embeddings lie. placement: "shared", where every worker sees them; "node", on the disk of a node, for its
+    workers; "resident", in a worker's own folder, in memory where there is room.
+
+    folder: asked for, None for the worker's choice; name: of the run; session: of this try; size: bytes of the largest
+    group of members.
+    """
+
+    placement: str
+    folder: Path | None
+    name: str
+    session: str
+    size: int
+
+    def open(self) -> Path:
+        """A worker's folder, when those of tries and workers that are no more are swept away."""
+        folder = self.folder
+        if folder is None:
+            in_memory = self.placement == "resident" and MEMORY.is_dir() and _free(MEMORY) >= SPARE * self.size
+            folder = MEMORY if in_memory else Path(tempfile.gettempdir())
+        for old in folder.glob(f"{self.name}-*"):
+            session, _, process = old.name.removeprefix(f"{self.name}-").partition("-")
+            if session != self.session or (process and not Path("/proc", process).exists()):
+                shutil.rmtree(old, ignore_errors=True)
+        own = f"-{os.getpid()}" if self.placement == "resident" else ""
+        return folder / f"{self.name}-{self.session}{own}"
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+class Ready(NamedTuple):
+    """What a worker says when it can do units: where its scratch is at home, and the bytes that are free there."""
+
+    place: str
+    folder: str
+    free: int
+
+
 @dataclass(eq=False)
 class _Worker:
-    """warm: what it has ready for the next unit, from the last one."""
+    """warm: what it has ready for the next unit, from the last one; ready: None until it has answered."""
 
     actor: Any
+    ready: Ready | None = None
     warm: Thing | None = None
 
 
@@ -86,82 +135,133 @@ class Failure:
 class Pool:
     """Actors of one run, each a Bench with its share of CPUs and GPUs."""
 
-    def __init__(self, engine: Engine, bench: tuple[Any, ...]) -> None:
-        self._engine = engine
-        self._bench = bench
+    def __init__(
+        self, engine: Engine, bench: tuple[Any, ...], scratch: Scratch, is_local: bool, say: Callable[[str], None]
+    ) -> None:
+        self._engine, self._bench, self._scratch, self._say = engine, bench, scratch, say
         self._deaths = 0  # of actors, since one was ready or did a unit
         self._busy: dict[Any, tuple[_Worker, Unit | None]] = {}
         self._idle: list[_Worker] = []
-        for _ in range(self._count()):
+        self.size = self._count(is_local)
+        for _ in range(self.size):
             self._start()
 
     def run(
-        self, schedule: Schedule, began: Callable[[Unit], None], done: Callable[[Unit, Done], None]
-    ) -> list[Failure]:
+        self, schedule: Schedule, began: Callable[[Unit], None], done: Callable[[Unit, Done], None],
+        lost: Callable[[int], None],
+    ) -> list[Failure]:  # fmt: skip
         """Do all units of a schedule, to which `done` may add others. Returns those that were set aside.
 
         A unit whose actor dies is done by another, and one that raises is tried again, TRIES times in all; what is the
-        user's to mend (LeadlineError) is not tried again. Whoever needs nothing of a unit that fails goes on.
+        user's to mend (LeadlineError) is not tried again. Whoever needs nothing of a unit that fails goes on. lost: is
+        told the groups whose embeddings went with their home; it drops them from the schedule and adds them anew.
         """
-        tries: dict[Unit, int] = {}
+        tries: dict[str, int] = {}
         failures: list[Failure] = []
         while schedule:
             self._feed(schedule, began)
-            (ready,), _ = ray.wait(list(self._busy), num_returns=1)
-            worker, unit = self._busy.pop(ready)
-            try:
-                result = ray.get(ready)
-            except RayTaskError as error:
-                self._idle.append(worker)
-                final = isinstance(error.cause, LeadlineError)
-                text, trace = (str(error.cause), "") if final else (one_line(error.cause), str(error))
-            except RayError as error:
-                self._deaths += 1
-                self._start()
-                final, text, trace = False, f"its worker died ({one_line(error)})", ""
-                if self._deaths > TRIES * self._count():
-                    raise LeadlineError(f"no worker stays alive: {text}; {MEND}") from None
-            else:
-                self._deaths = 0
-                self._idle.append(worker)
+            worker, unit, answer = self._next()
+            if isinstance(answer, _Trouble):
+                if answer.is_death:
+                    self._replace(worker, answer.text)
+                else:
+                    self._idle.append(worker)
                 if unit is not None:
-                    schedule.done(unit)
-                    tries.pop(unit, None)
-                    done(unit, result)
+                    tries[unit.name] = tries.get(unit.name, 0) + 1
+                    if not answer.is_final and tries[unit.name] < TRIES:
+                        schedule.again(unit)
+                    elif set_aside := schedule.fail(unit):
+                        often = "" if answer.is_final else f", {TRIES} times; {MEND}"
+                        failures.append(Failure(unit.name, answer.text + often, answer.trace, len(set_aside) - 1))
+                if answer.is_death and worker.ready and worker.ready.place not in self._places():
+                    for group in schedule.at_home(worker.ready.place):
+                        lost(group)
                 continue
-            if unit is None:
+            self._deaths = 0
+            self._idle.append(worker)
+            if unit is not None:
+                schedule.done(unit)
+                tries.pop(unit.name, None)
+                done(unit, answer)
                 continue
-            tries[unit] = tries.get(unit, 0) + 1
-            if not final and tries[unit] < TRIES:
-                schedule.again(unit)
-                continue
-            if not final:
-                text += f", {TRIES} times; {MEND}"
-            set_aside = schedule.fail(unit)
-            if set_aside:
-                failures.append(Failure(unit.name, text, trace, len(set_aside) - 1))
+            if self._scratch.size > answer.free and self._scratch.placement != "shared":
+                raise LeadlineError(
+                    f"{answer.folder}: {answer.free / 1e9:.2f} GB are free, and the embeddings of a group of members "
+                    f"take {self._scratch.size / 1e9:.2f} GB; lower engine.group_size, choose a reduction, or set "
+                    "engine.scratch"
+                )
+            worker.ready = answer
         return failures
+
+    def close(self) -> None:
+        """Have the workers give back their scratch."""
+        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
+        left = [worker.actor.leave.remote() for worker in workers if worker.ready]
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=SECONDS_TO_ANSWER)
+
+    def _next(self) -> tuple[_Worker, Unit | None, Any]:
+        """A worker that has something to say, the unit that it had, and what it says."""
+        assert self._busy, "units wait for each other"
+        while True:
+            answered, _ = ray.wait(list(self._busy), num_returns=1, timeout=SECONDS_OF_PATIENCE)
+            if answered:
+                break
+            if not self._idle and all(unit is None for _, unit in self._busy.values()):
+                has = ray.cluster_resources()
+                self._say(
+                    f"waiting for room for a worker of {self._engine.threads} CPUs and {self._engine.gpus:g} GPUs; the "
+                    f"cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+                )
+        worker, unit = self._busy.pop(answered[0])
+        try:
+            return worker, unit, ray.get(answered[0])
+        except RayTaskError as error:
+            if isinstance(error.cause, LeadlineError):
+                return worker, unit, _Trouble(str(error.cause), is_final=True)
+            return worker, unit, _Trouble(one_line(error.cause), trace=str(error))
+        except RayError as error:
+            return worker, unit, _Trouble(f"its worker died ({one_line(error)})", is_death=True)
+
+    def _replace(self, worker: _Worker, text: str) -> None:
+        self._deaths += 1
+        if self._deaths > TRIES * self.size:
+            raise LeadlineError(f"no worker stays alive: {text}; {MEND}")
+        self._start()
+
+    def _places(self) -> set[str]:
+        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
+        return {worker.ready.place for worker in workers if worker.ready}
 
     def _feed(self, schedule: Schedule, began: Callable[[Unit], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
         for worker in list(self._idle):
+            assert worker.ready is not None  # it has answered, or it would not be idle
             held = [other.warm for other, unit in self._busy.values() if unit is not None and other.warm is not None]
-            unit = schedule.take(worker.warm, held=held)
+            place, shared = worker.ready.place, self._scratch.placement == "shared"
+            unit = schedule.take(worker.warm, held, place, not shared and self._is_full(schedule, worker.ready))
             if unit is None:
-                return
+                continue
+            if not shared and not unit.roams and schedule.home(unit.group) is None:
+                schedule.settle(unit.group, place)
             self._idle.remove(worker)
             worker.warm = unit.warm
             began(unit)
             self._busy[worker.actor.do.remote(unit.stage, unit.arguments)] = (worker, unit)
 
+    def _is_full(self, schedule: Schedule, ready: Ready) -> bool:
+        """Whether no other group may be at home where a worker is: one is searched there, and one may be embedded."""
+        both = self._scratch.placement == "node" and 2 * self._scratch.size <= ready.free
+        return len(schedule.at_home(ready.place)) >= 1 + both
+
     def _start(self) -> None:
         """Ask for an actor. It is given units when it answers: until there is room for it, others do them."""
         options = {"num_cpus": self._engine.threads, "num_gpus": self._engine.gpus}
         # What the driver can import, its actors can: a user's module:function lies beside the configuration.
-        worker = _Worker(ray.remote(_Actor).options(**options).remote(sys.path, self._bench))
+        worker = _Worker(ray.remote(_Actor).options(**options).remote(sys.path, self._bench, self._scratch))
         self._busy[worker.actor.ready.remote()] = (worker, None)
 
-    def _count(self) -> int:
+    def _count(self, is_local: bool) -> int:
         """As many actors as are asked for, or as there is room for."""
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
@@ -169,8 +269,8 @@ class Pool:
         if self._engine.gpus:
             room = min(room, int(gpus // self._engine.gpus))
         wanted = self._engine.workers or max(room, 1)
-        if wanted > room:
-            # Ray would wait for them for ever.
+        if wanted > room and is_local:
+            # A cluster may grow; this machine does not, and Ray would wait for ever.
             raise LeadlineError(
                 f"engine: {wanted} workers of {self._engine.threads} CPUs and {self._engine.gpus:g} GPUs do not fit a "
                 f"cluster of {cpus:g} CPUs and {gpus:g} GPUs; lower engine.workers, engine.threads or engine.gpus"
@@ -178,16 +278,41 @@ class Pool:
         return wanted
 
 
+@dataclass(frozen=True)
+class _Trouble:
+    """text: in one line; trace: of what is no user's mistake; is_final: another try would end the same way."""
+
+    text: str
+    trace: str = ""
+    is_final: bool = False
+    is_death: bool = False
+
+
 class _Actor(Bench):
-    def __init__(self, search_path: list[str], bench: tuple[Any, ...]) -> None:
+    def __init__(self, search_path: list[str], bench: tuple[Any, ...], scratch: Scratch) -> None:
         sys.path.extend(path for path in search_path if path not in sys.path)
         super().__init__(*bench)
+        self._placement = scratch.placement
+        self._folder = None if scratch.placement == "shared" else scratch.open()
 
-    def ready(self) -> None:
+    def ready(self) -> Ready:
         """Answers when the actor can do units."""
+        context = ray.get_runtime_context()
+        place = context.get_actor_id() if self._placement == "resident" else context.get_node_id()
+        if self._folder is None:
+            return Ready(str(place), "", 0)
+        return Ready(str(place), str(self._folder), _free(self._folder.parent))
 
     def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
         """Do a unit: a method of Bench, which returns its work."""
         started = time.perf_counter()
-        work = getattr(self, stage)(*arguments)
+        directory, *rest = arguments
+        if self._folder is not None:
+            directory = RunDirectory(directory.root, self._folder)
+        work = getattr(self, stage)(directory, *rest)
         return Done(work, time.perf_counter() - started)
+
+    def leave(self) -> None:
+        """Remove the scratch that is this worker's, or its node's."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

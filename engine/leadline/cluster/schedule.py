@@ -19,7 +19,8 @@ class Unit:
 
     stage: the method of `Bench` that does it; arguments: that it is given. name: for people. group: where it belongs;
     units of lower groups are done first. warm: what a worker that has done such a unit has ready for the next one.
-    instead: units that together make what this one makes, for when it fails: each may fail alone.
+    instead: units that together make what this one makes, for when it fails: each may fail alone. roams: any worker may
+    do it, wherever its group is at home.
     """
 
     stage: str
@@ -30,6 +31,7 @@ class Unit:
     group: int = 0
     warm: Thing | None = None
     instead: tuple["Unit", ...] = ()
+    roams: bool = False
 
 
 class Schedule:
@@ -51,11 +53,17 @@ class Schedule:
         """Units of a group that are neither done nor set aside."""
         return self._left.get(group, 0)
 
-    def settle(self, group: int, home: str | None) -> None:
-        """Let the units of a group be done by workers at one place alone; None: by any."""
-        self._homes.pop(group, None)
-        if home is not None:
-            self._homes[group] = home
+    def home(self, group: int) -> str | None:
+        """The place whose workers alone may do a group's units; None: it has none yet."""
+        return self._homes.get(group)
+
+    def settle(self, group: int, place: str) -> None:
+        """Give a group a home."""
+        self._homes[group] = place
+
+    def at_home(self, place: str) -> list[int]:
+        """The groups that are at home at a place and not done."""
+        return [group for group, home in self._homes.items() if home == place]
 
     def add(self, units: Iterable[Unit]) -> list[Unit]:
         """Take in units, and all that make what they need. Returns those set aside at once: what they need is lost."""
@@ -77,18 +85,22 @@ class Schedule:
                 self._make_ready(unit)
         return [other for unit in lost for other in self._lose(unit)]
 
-    def take(self, warm: Thing | None = None, places: Iterable[str] = (), held: Iterable[Thing] = ()) -> Unit | None:
+    def take(
+        self, warm: Thing | None = None, held: Iterable[Thing] = (), place: str = "", is_full: bool = False
+    ) -> Unit | None:
         """A unit for a worker, None where it has to wait for others.
 
         warm: what it has ready, units of which it is given first; held: what other workers have ready, units of which
-        are left to them if there are others; places: where the worker is. Otherwise lower groups first, and in a group
-        those that were ready first.
+        are left to them if there are others. place: where the worker is: units of groups that are at home elsewhere are
+        not for it, unless they roam, nor, if its place is full, those of groups without a home. Otherwise lower groups
+        first, and in a group those that were ready first.
         """
-        here, others = set(places), set(held)
+        others = set(held)
         best: tuple[tuple[bool, bool, int], tuple[int, Thing]] | None = None
-        for bucket in self._ready:
+        for bucket, queue in self._ready.items():
             group, kind = bucket
-            if group in self._homes and self._homes[group] not in here:
+            home = self._homes.get(group)
+            if not queue[0].roams and (is_full if home is None else home != place):
                 continue
             rank = (kind != warm, kind in others, group)
             if best is None or rank < best[0]:
@@ -153,6 +165,7 @@ class Schedule:
         self._left[unit.group] -= 1
         if not self._left[unit.group]:
             del self._left[unit.group]
+            self._homes.pop(unit.group, None)
 
     def _lose(self, unit: Unit) -> list[Unit]:
         lost, todo = [], [unit]

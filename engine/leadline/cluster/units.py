@@ -524,6 +524,11 @@ class Bench:
         )
         return len(self.points)
 
+    def free(self, directory: RunDirectory, member: Member) -> int:
+        """Remove what a member that is reduced needs no more."""
+        directory.free_member(member.name, keep_indexes=self.config.engine.keep_indexes)
+        return 0
+
     def _probe_record(self, directory: RunDirectory, member: Member, probe: int) -> dict[str, Any]:
         """Method of a probe, its index, and the audit of its votes, as the table of probes has them."""
         index = self._index_record(directory, member.name, probe) or {"method": "exact"}
