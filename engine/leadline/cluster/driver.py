@@ -206,8 +206,8 @@ def _do(
     def add(number: int) -> None:
         units = graph.units(number, groups[number], directory)
         there = graph.totals(groups[number]) - Counter(unit.stage for unit in units)
-        for stage in STAGES if number not in taken else ():
-            stages.found(stage, there[stage])
+        for stage, units_there in there.items() if number not in taken else ():
+            stages.found(stage, units_there)
         schedule.add(units)
         if units:
             taken[number] = _embedding_bytes(graph, groups[number])
