@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -28,7 +29,7 @@ def stamp(program: str, packages: Iterable[str], threads: int, device: str = "cp
 def command(program: str) -> str:
     """A folder of this machine says nothing to a reader: of a path only the name is kept."""
     given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
-    return " ".join([program, *given])
+    return f"{program} {shlex.join(given)}".rstrip()
 
 
 def hardware(device: str = "cpu") -> str:
