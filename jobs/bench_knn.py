@@ -16,6 +16,6 @@ if __name__ == "__main__":
         sys.exit(
             "leadline: --out: a job needs a folder for its results, on storage that all nodes share and that stays"
         )
-    address = os.environ.get("RAY_ADDRESS", "auto")  # the job's own cluster
+    address = os.environ.get("RAY_ADDRESS", "local")  # a job is told its cluster; without one, Ray is started here
     sys.argv[1:] = ["bench", "knn", *sys.argv[1:], "--address", address]
     main()

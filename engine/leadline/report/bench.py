@@ -36,7 +36,7 @@ def write_knn(result: dict[str, Any], folder: Path) -> None:
     """Write a comparison to a folder: knn.json, knn.txt with the tables, knn.png and knn.svg."""
     write_json(folder / "knn.json", result)
     with replacing(folder / "knn.txt") as beside, beside.open("w") as opened:
-        console = Console(file=opened, width=160)
+        console = Console(file=opened, width=200)
         for table in knn_tables(result):
             console.print(table)
     chart = knn_chart(result)
@@ -57,7 +57,7 @@ def knn_tables(result: dict[str, Any]) -> list[Table]:
 def _table(title: str | None, rows: list[dict[str, Any]], names: list[str]) -> Table:
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     drawn.add_column("all layers" if title else "layer")
-    drawn.add_column("method", overflow="fold")
+    drawn.add_column("method", overflow="fold", min_width=max(len(row["method"]) for row in rows))
     measures = [name for name in HEADS if name in rows[0]]
     for head in ("build, s", "search, s", "total, s", "of exact", "MiB", *(HEADS[name] for name in measures)):
         drawn.add_column(head, justify="right")
@@ -76,7 +76,7 @@ def _table(title: str | None, rows: list[dict[str, Any]], names: list[str]) -> T
 
 def _share(row: dict[str, Any], name: str) -> str:
     interval = f" [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]" if f"{name}_low" in row else ""
-    return f"{row[name]:.4f}{interval}{'*' if row['pareto'].get(name) else ' '}"
+    return f"{row[name]:.4f}{'*' if row['pareto'].get(name) else ' '}{interval}"
 
 
 def _title(result: dict[str, Any]) -> str:
