@@ -31,6 +31,7 @@ from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
+from leadline.machine import processor
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import training_ids
@@ -128,16 +129,6 @@ def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in names}},
         "machine": {"processor": processor(), "system": sys.platform},
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it; elsewhere what Python knows."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str]) -> None:
