@@ -66,8 +66,7 @@ def run(
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     points = open_points(config.points)
     members = list_members(config)
-    for member in members:
-        _check_bank(config, points, member)
+    bank_rows = {member.name: _check_bank(config, points, member) for member in members}
     probes = _place_probes(config, points)
     directory = RunDirectory(Path(out or Path("runs") / config.name).absolute())
     manifest = _manifest(config, points, members)
@@ -80,7 +79,7 @@ def run(
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
             graph = Graph(
-                config, members, probes, bank_of_all(config, points.parts), len(points),
+                config, members, probes, bank_of_all(config, points.parts), bank_rows, len(points),
                 len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
             _compute(graph, directory, (config, stamps), is_local, stages)
@@ -91,13 +90,15 @@ def run(
     return open_run(directory.root)
 
 
-def _check_bank(config: RunConfig, points: Points, member: Member) -> None:
+def _check_bank(config: RunConfig, points: Points, member: Member) -> int:
+    """The rows of a member's bank. Raises LeadlineError where they are too few."""
     ids = training_ids(member.config.split, points.parts, member.seed)
     if len(ids) - config.leave_one_out < config.k:
         raise LeadlineError(
             f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
             f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
         )
+    return len(ids)
 
 
 def _place_probes(config: RunConfig, points: Points) -> dict[str, list[Probe]]:

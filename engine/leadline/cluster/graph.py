@@ -7,7 +7,7 @@ from typing import Any
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import Member, is_tried, may_err
+from leadline.cluster.units import Member, bank_parts, is_tried, may_err
 from leadline.config import RunConfig
 from leadline.members.probes import Probe
 from leadline.store import RunDirectory
@@ -16,7 +16,7 @@ from leadline.store.files import read_json
 # Stages in the order in which they are told, and what their work is counted in; some runs have only some of them.
 STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
-    "vote": "votes", "audit": "points", "reduce": "points",
+    "part": "points", "vote": "votes", "audit": "points", "reduce": "points",
 }  # fmt: skip
 
 
@@ -24,7 +24,8 @@ STAGES = {
 class Graph:
     """What the units of a run follow from.
 
-    probes: of each architecture; common: what the members share; points, shards, blocks: how many there are.
+    probes: of each architecture; common: what the members share; bank_rows: of each member, by name; points, shards,
+    blocks: how many there are.
     train_only: members are trained, and nothing else.
     """
 
@@ -32,6 +33,7 @@ class Graph:
     members: Sequence[Member]
     probes: dict[str, list[Probe]]
     common: CommonBank
+    bank_rows: dict[str, int]
     points: int
     shards: int
     blocks: int
@@ -46,6 +48,7 @@ class Graph:
         for member in members:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks
+            total["part"] += sum(self._parts(member, probe) for probe in probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
                 total[stage] += sum(self._has(stage, member, probe) for probe in probes)
         if self.members[0] in members and self.common.pays:
@@ -139,7 +142,20 @@ class Graph:
                 if self._until_decided:
                     needs.append(("vote", member.name, p + 1, block))
                     made.append(("vote", member.name, p, block))
+                parts = self._parts(member, probe)
+                for part in range(parts):
+                    if not directory.part_cost(member.name, p, part, parts, block).exists():
+                        found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
+                        yield _unit(group, "part", directory, (member, p, part, block), tuple(needs), found, ready)
+                needs.append(("parts", member.name, p, block))
                 yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
+
+    def _parts(self, member: Member, probe: Probe) -> int:
+        """Parts of a bank that are searched apart; 0 where it is searched whole."""
+        if probe.index == 0 and self.common.pays:
+            return 0
+        parts = len(bank_parts(self.config, self.bank_rows[member.name], probe))
+        return parts if parts > 1 else 0
 
     @property
     def _until_decided(self) -> bool:

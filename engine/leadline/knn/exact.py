@@ -117,7 +117,7 @@ class Bank:
     def by_distance(self, queries: Rows, rows: Array) -> tuple[Array, Array]:
         """Neighbours int64 [Q, k], as `search` gives them, in the order of (distance, row); and their distances.
 
-        Euclidean, float64 [Q, k].
+        These are squared, as they decide, float64 [Q, k].
         """
         return by_distance(self._rows, queries, rows)
 
