@@ -257,7 +257,7 @@ class Bench:
             started = time.perf_counter()
             found, _ = search.search(queries, self.config.k, own)
             seconds = time.perf_counter() - started
-            return ready, seconds * len(self.points) / len(queries), agrees(bank_ids[found])
+            return ready, seconds * len(self.points) / len(self.tried), agrees(bank_ids[found])
 
         measured("exact")  # compiles
         ready, seconds, stored = measured("exact")
@@ -276,7 +276,7 @@ class Bench:
         reduced = np.flatnonzero(stored != exact).tolist()
         record = {"exact_seconds": exact_seconds, "reduced": reduced, "options": options}
         write_json(directory.trial(member.architecture, probe), record)
-        return len(queries)
+        return len(self.tried)
 
     def index(self, directory: RunDirectory, member: Member, probe: int) -> int:
         """Settle the method of a probe, and save its index where it is not exact. Returns the rows of the bank."""
@@ -338,12 +338,11 @@ class Bench:
         asked = np.unique(np.concatenate([self._open_points(directory, member, 0, block) for member in members]))
         rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
         if len(asked):
-            every = self._rows(directory, "input", 0, np.arange(len(self.points)))
             bank = self._search_of(
                 directory, "input", 0, self._rows(directory, "input", 0, self.common.ids), self.common.ids
             )
             assert isinstance(bank, Bank)  # there is no index of the common bank
-            rows, _ = bank.by_distance(every[asked], rows)
+            rows, _ = bank.by_distance(self._rows(directory, "input", 0, asked), rows)
         shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
         shared["point_id"], shared["neighbours"] = asked, self.common.ids[rows]
         with replacing(directory.shared(block)) as beside:
@@ -531,10 +530,10 @@ class Bench:
 
     def _question(
         self, directory: RunDirectory, owner: str, probe: int, bank_ids: Array, asked: Array
-    ) -> tuple[Shards, Array, Array | None]:
-        """Rows of a bank, queries [Q, width], and the row that each must not count."""
+    ) -> tuple[Shards, Shards, Array | None]:
+        """Rows of a bank, queries [Q, width], neither of which is read yet, and the row that each must not count."""
         rows, queries = (self._rows(directory, owner, probe, ids) for ids in (bank_ids, asked))
-        return rows, queries[:], self._left_out(bank_ids, asked)
+        return rows, queries, self._left_out(bank_ids, asked)
 
     def _left_out(self, bank_ids: Array, asked: Array) -> Array | None:
         """The bank row that each of these points must not count."""

@@ -35,6 +35,9 @@ class Shards:
         self._dtype = np.result_type(*(array.dtype for array in arrays))
         self.shape: tuple[int, ...] = (len(self._ids), *arrays[0].shape[1:])
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def __getitem__(self, index: slice | Array, /) -> Array:
         wanted = self._ids[index]
         out = np.empty((len(wanted), *self.shape[1:]), self._dtype)
