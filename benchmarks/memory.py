@@ -1,0 +1,113 @@
+"""The memory of a run whose embeddings are ten times what its workers may take for searching.
+
+python benchmarks/memory.py --out DIRECTORY     an untrained network with wide layers over JPEGs that are written here
+
+A worker's search may take `engine.memory_budget`; beside it lie Python, its libraries and the network, which are
+measured before the first unit. Writes benchmarks/results/memory-PROCESSOR.json.
+"""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+from record import write_result
+
+import leadline
+from leadline.machine import stamp
+
+PACKAGES = ("leadline", "torch", "numba", "numpy", "ray")
+IMAGES, SIDE, CHANNELS, LAYERS = 10_000, 32, 32, 4  # widths of 32 x 32 x 32 values
+
+
+def write_images(folder: Path) -> None:
+    """JPEGs of ten classes: two gratings each, in noise."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    for i in range(IMAGES):
+        place = folder / f"class{i % 10}"
+        place.mkdir(parents=True, exist_ok=True)
+        waves = np.sin(2 * np.pi * ((i % 10 + 1) * x / 2 + random.uniform())) + np.cos(2 * np.pi * (i % 7) * y / 2)
+        pixels = 128 + 40 * waves[..., None] + random.normal(0, 20, (SIDE, SIDE, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i:05d}.jpg")
+
+
+class Watch(threading.Thread):
+    """The largest private memory of each of Ray's actors, as Linux counts it (RssAnon: mapped files may be dropped)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[int, int] = {}
+        self.first: dict[int, int] = {}
+
+    def run(self) -> None:
+        while True:
+            for status in Path("/proc").glob("[0-9]*/status"):
+                try:
+                    if not (status.parent / "cmdline").read_bytes().startswith(b"ray::_Actor"):
+                        continue
+                    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                except OSError:
+                    continue  # it ended while we looked
+                size, process = int(lines["RssAnon"].split()[0]) << 10, int(status.parent.name)
+                self.first.setdefault(process, size)
+                self.peaks[process] = max(self.peaks.get(process, 0), size)
+            time.sleep(0.05)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="a folder for images, embeddings and the run")],
+    budget: Annotated[int, typer.Option(help="bytes: engine.memory_budget")] = 600 << 20,
+) -> None:
+    if not (out / "images").exists():
+        write_images(out / "images")
+    (out / "wide.py").write_text(
+        "from torch import nn\n"
+        "def wide(channels, layers):\n"
+        "    sizes = [3] + [channels] * layers\n"
+        "    pairs = zip(sizes, sizes[1:])\n"
+        "    layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairs]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))\n"
+    )
+    os.environ["PYTHONPATH"] = f"{out.absolute()}:{os.environ.get('PYTHONPATH', '')}"
+    __import__("sys").path.insert(0, str(out.absolute()))
+    config = {
+        "name": "wide",
+        "points": {"source": "image-folder", "train": str(out / "images"), "resize": SIDE, "crop": SIDE},
+        "members": [
+            {
+                "architecture": "wide:wide",
+                "parameters": {"channels": CHANNELS, "layers": LAYERS},
+                "probes": [f"{i}" for i in range(LAYERS)],
+            }
+        ],
+        "engine": {
+            "memory_budget": budget, "scratch": str(out / "scratch"), "query_block": 2500, "shard_size": 1024,
+            "workers": 2,
+        },
+    }  # fmt: skip
+    watch = Watch()
+    watch.start()
+    run = leadline.run(config, out / "run")
+    widths = run.sql("SELECT name, width, plan FROM probes ORDER BY probe").to_pylist()
+    embeddings = sum(4 * IMAGES * row["width"] for row in widths)
+    beside = max(watch.first.values())
+    peaks = sorted(watch.peaks.values())
+    print(f"embeddings {embeddings / 2**20:,.0f} MiB, {embeddings / budget:.1f} times the budget")
+    print(f"peak of each worker: {[round(peak / 2**20) for peak in peaks]} MiB; budget {budget / 2**20:,.0f} MiB")
+    write_result(
+        "memory",
+        {
+            **stamp(PACKAGES, 1), "images": IMAGES, "probes": widths, "embeddings_bytes": embeddings,
+            "memory_budget": budget, "peak_bytes": peaks, "at_first_sight_bytes": beside,
+            "stages": run.manifest["stages"],
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
