@@ -1,7 +1,6 @@
 """Depths of points that were not in a run, by the banks and indexes that it has kept."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,15 @@ from leadline.embedding import embed_batch
 from leadline.embedding.principal import load_directions
 from leadline.embedding.reductions import make_reducers, stored_width
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, Votes, count_votes, load_index
+from leadline.knn import Bank, Index, Votes, count_votes, load_index
 from leadline.knn.arrays import Array, Shards
 from leadline.knn.exact import refuse_non_finite
 from leadline.members.architectures import build
 from leadline.members.probes import Probe
 from leadline.members.weights import load_weights
 from leadline.store import RunDirectory
-from leadline.store.files import check, read_json
+from leadline.store.files import fetched, read_json
+from leadline.store.places import Place
 from leadline.store.schemas import vote_columns
 from leadline.store.tables import read_table
 
@@ -45,8 +45,8 @@ class KeptMember:
         self.probes = [Probe(**probe) for probe in trained["probes"]]
         directions = {}
         if trained["directions"]:
-            check(directory.directions(name), trained["directions"])
-            directions = load_directions(directory.directions(name), torch.device("cpu"))
+            with fetched(directory.directions(name), sha256=trained["directions"]) as path:
+                directions = load_directions(path, torch.device("cpu"))
         self._reducers = make_reducers(self.probes, directions)
 
     def embed(self, points: Array) -> tuple[list[Array], Array]:
@@ -89,24 +89,28 @@ class KeptMember:
 
     def _votes(self, probe: Probe, ids: Array, labels: Array, queries: Array) -> Votes:
         refuse_non_finite(queries, 0, f"probe {probe.name}, point")
-        rows = np.load(self._checked(self._directory.bank(self._name, probe.index)), mmap_mode="r", allow_pickle=False)
-        bank = Shards([rows], ids if probe.index == 0 else None)
-        path = self._directory.index(self._name, probe.index)
-        # A probe that was searched exactly has no index.
-        is_indexed = str(path.relative_to(self._directory.root)) in self._files
-        search = load_index(self._checked(path), bank) if is_indexed else Bank(bank)
-        found, _ = search.search(queries, self._config.k)
+        kept, index = (place(self._name, probe.index) for place in (self._directory.bank, self._directory.index))
+        with fetched(kept, sha256=self._digest(kept) or "") as path:
+            bank = Shards([np.load(path, mmap_mode="r", allow_pickle=False)], ids if probe.index == 0 else None)
+            search: Bank | Index = Bank(bank)
+            if self._digest(index):  # a probe that was searched exactly has no index
+                about = self._directory.about_index(self._name, probe.index)
+                with fetched(index, about, sha256=self._digest(index)) as path:
+                    search = load_index(path, bank)
+            found, _ = search.search(queries, self._config.k)
         return count_votes(labels[found])
 
-    def _checked(self, path: Path) -> Path:
-        check(path, self._files.get(str(path.relative_to(self._directory.root)), ""))
-        return path
+    def _digest(self, place: Place) -> str | None:
+        """Of a file in the manifest; None where it has no such file."""
+        found: str | None = self._files.get(self._directory.inside(place))
+        return found
 
     def _network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
         assert self._row is not None
         entry = next(entry for entry in self._config.members if entry.label == self._row["architecture"])
         network = build(entry.architecture, entry.parameters, input_shape, self.probes[-1].width, self._row["seed"])
-        load_weights(network, self._directory.weights(self._name))
+        with fetched(self._directory.weights(self._name)) as path:
+            load_weights(network, path)
         return network.float().eval()
 
 

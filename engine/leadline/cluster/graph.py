@@ -95,8 +95,9 @@ class Graph:
         """Once for the run, with its first member; kept until every member is reduced."""
         if not self.common.pays or self.members[0] not in members:
             return
+        there = directory.finished("share")
         for block in range(self.blocks):
-            if not directory.shared_cost(block).exists():
+            if directory.shared_cost(block).name not in there:
                 open_in = [("vote", m.name, 1, block) for m in members] if self._until_decided else []
                 embedded = [("embedded", m.name) for m in members] if self._until_decided else []
                 needs = (("input", group), *embedded, *open_in)
@@ -123,12 +124,12 @@ class Graph:
 
     def _vote(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Wide probes first, or the last one where a vote waits for that of the next probe."""
-        probes = self.probes[member.architecture]
+        probes, there = self.probes[member.architecture], directory.finished("vote", member.name)
         for probe in sorted(probes, key=lambda probe: -probe.index if self._until_decided else -probe.width):
             p, is_shared = probe.index, probe.index == 0 and self.common.pays
             bank = ("shared", member.name) if is_shared else ("bank", member.name, p)
             for block in range(self.blocks):
-                if directory.votes_cost(member.name, p, block).exists():
+                if directory.votes_cost(member.name, p, block).name in there:
                     continue
                 needs = [*_embedded(group, member), ("index", member.name, p)]
                 made: list[Thing] = [("voted", member.name)]

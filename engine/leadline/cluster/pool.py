@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from leadline.cluster.schedule import Schedule, Thing, Unit
 from leadline.cluster.units import Bench
 from leadline.config import Engine
-from leadline.errors import LeadlineError, one_line
+from leadline.errors import LeadlineError, StorageError, one_line
 
 SECONDS_TO_ANSWER = 10
 TRIES = 3  # of a unit
@@ -113,8 +113,9 @@ class Pool:
                 result = ray.get(ready)
             except RayTaskError as error:
                 self._idle.append(worker)
-                final = isinstance(error.cause, LeadlineError)
-                text, trace = (str(error.cause), "") if final else (one_line(error.cause), str(error))
+                told = isinstance(error.cause, LeadlineError)
+                final = told and not isinstance(error.cause, StorageError)
+                text, trace = (str(error.cause), "") if told else (one_line(error.cause), str(error))
             except RayError as error:
                 self._deaths += 1
                 self._start()
