@@ -128,10 +128,13 @@ class Run:
             )
         member = pa.schema([("member", pa.string())])
         path, filesystem = for_arrow(self.directory.table(name))
-        return ds.dataset(
-            path, schema, format="parquet", filesystem=filesystem,
-            partitioning=ds.partitioning(member, flavor="hive"),
-        )  # fmt: skip
+        parts = ds.partitioning(member, flavor="hive")
+        try:
+            return ds.dataset(path, schema, format="parquet", filesystem=filesystem, partitioning=parts)
+        except OSError as error:
+            raise LeadlineError(
+                f"{self.directory.table(name)}: cannot be read ({one_line(error)}); see what leadline verify says"
+            ) from None
 
 
 def open_run(uri: str | Path) -> Run:

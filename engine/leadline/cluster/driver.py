@@ -265,7 +265,7 @@ def _scratch(
         directory = RunDirectory(directory.root, config.engine.scratch.absolute() / name)
     elif in_memory:
         directory = RunDirectory(directory.root, MEMORY / name)
-    elif not is_local and not isinstance(directory.root, Path):
+    elif not (is_local or graph.train_only or isinstance(directory.root, Path)):
         raise LeadlineError("engine.scratch: give a folder that all nodes see; embeddings do not lie in object stores")
     room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
     if groups and not graph.train_only:

@@ -115,11 +115,12 @@ class Pool:
                 self._idle.append(worker)
                 told = isinstance(error.cause, LeadlineError)
                 final = told and not isinstance(error.cause, StorageError)
+                mend = "" if told else f"; {MEND}"
                 text, trace = (str(error.cause), "") if told else (one_line(error.cause), str(error))
             except RayError as error:
                 self._deaths += 1
                 self._start()
-                final, text, trace = False, f"its worker died ({one_line(error)})", ""
+                final, text, trace, mend = False, f"its worker died ({one_line(error)})", "", f"; {MEND}"
                 if self._deaths > TRIES * self._count():
                     raise LeadlineError(f"no worker stays alive: {text}; {MEND}") from None
             else:
@@ -137,7 +138,7 @@ class Pool:
                 schedule.again(unit)
                 continue
             if not final:
-                text += f", {TRIES} times; {MEND}"
+                text += f", {TRIES} times{mend}"
             set_aside = schedule.fail(unit)
             if set_aside:
                 failures.append(Failure(unit.name, text, trace, len(set_aside) - 1))

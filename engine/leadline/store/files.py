@@ -105,14 +105,12 @@ def names(folder: Place) -> frozenset[str]:
     return frozenset(path.name for path in folder.iterdir())
 
 
-def remove(place: Place) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
-    if isinstance(place, ObjectPath):
-        place.remove_all()
-    elif place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
+def remove(folder: Place) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_all()
     else:
-        place.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -130,13 +130,12 @@ class ObjectPath:
         return True
 
     def remove_all(self) -> None:
-        """Remove the object, and all below the folder."""
+        """Remove all objects below the folder."""
         import obstore
 
         with _asking(self):
             for entries in obstore.list(_store(self.bucket), _prefix(self), chunk_size=1000):
                 obstore.delete(_store(self.bucket), [entry["path"] for entry in entries])
-            obstore.delete(_store(self.bucket), [str(self.key)])
 
 
 Place = Path | ObjectPath
