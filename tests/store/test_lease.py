@@ -28,15 +28,15 @@ def record(run, number=1):
 
 
 def test_the_second_is_refused_until_the_first_ends(run):
-    with Lease(run) as first:
+    with Lease(run, print) as first:
         about = record(run)
-        with pytest.raises(LeadlineError) as error, Lease(run):
+        with pytest.raises(LeadlineError) as error, Lease(run, print):
             pass
         told = f"{run.root}: is being computed by {about['host']} (process {about['process']}), renewed "
         assert str(error.value).startswith(told) and "\n" not in str(error.value)
         first.check()
     assert record(run)["ended"]
-    with Lease(run) as second:
+    with Lease(run, print) as second:
         second.check()
     assert names(run.drivers) == {"000001.json", "000002.json"}
 
@@ -44,7 +44,7 @@ def test_the_second_is_refused_until_the_first_ends(run):
 def test_of_many_at_once_one_has_it(run):
     def try_it(_):
         try:
-            return Lease(run)
+            return Lease(run, print)
         except LeadlineError:
             return None
 
@@ -55,15 +55,15 @@ def test_of_many_at_once_one_has_it(run):
 
 
 def test_it_ends_with_an_error_too(run):
-    with pytest.raises(ValueError, match="boom"), Lease(run):
+    with pytest.raises(ValueError, match="boom"), Lease(run, print):
         raise ValueError("boom")
-    with Lease(run):
+    with Lease(run, print):
         pass
 
 
 def test_it_is_renewed_as_long_as_it_is_held(run, monkeypatch):
     monkeypatch.setattr(lease, "RENEWAL", 0.02)
-    with Lease(run):
+    with Lease(run, print):
         first, deadline = record(run)["renewed"], time.monotonic() + 20
         while record(run)["renewed"] <= first + 0.1 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -77,41 +77,55 @@ def test_it_is_renewed_as_long_as_it_is_held(run, monkeypatch):
 def test_a_process_of_this_machine_that_was_killed_is_succeeded_at_once(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from leadline.store import RunDirectory, lease\n"
-        "with lease.Lease(RunDirectory(Path(sys.argv[1]))): print(flush=True); time.sleep(60)\n"
+        "with lease.Lease(RunDirectory(Path(sys.argv[1])), print): print(flush=True); time.sleep(60)\n"
     )
     run = RunDirectory(tmp_path)
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        with pytest.raises(LeadlineError, match=rf"process {holder.pid}\)"), Lease(run):
+        with pytest.raises(LeadlineError, match=rf"process {holder.pid}\)"), Lease(run, print):
             pass
         holder.send_signal(signal.SIGSTOP)
-        with pytest.raises(LeadlineError, match=rf"process {holder.pid}\)"), Lease(run):
+        with pytest.raises(LeadlineError, match=rf"process {holder.pid}\)"), Lease(run, print):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait(10)
-        with Lease(run) as ours:
+        with Lease(run, print) as ours:
             ours.check()
     # Its number, given to another process since, is not it.
     write_json(run.drivers / "000003.json", {**record(run), "process": 1})
-    with Lease(run) as ours:
+    with Lease(run, print) as ours:
         ours.check()
 
 
-def test_one_of_another_machine_is_succeeded_after_its_silence(run):
-    with Lease(run):
-        other = {**record(run), "machine": "another", "host": "far", "process": 1}
-    write_json(run.drivers / "000002.json", {**other, "renewed": time.time() - lease.SECONDS + 20, "ended": False})
-    with pytest.raises(LeadlineError, match=r"far \(process 1\), renewed (39|40|41) s ago"), Lease(run):
+def test_one_of_another_machine_is_succeeded_after_its_silence(run, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "LOOK", 0.05)
+    with Lease(run, print):
+        about = {**record(run), "machine": "another", "host": "far", "process": 1}
+
+    def silent_for(seconds):
+        write_json(run.drivers / "000002.json", {**about, "renewed": time.time() - seconds, "ended": False})
+
+    silent_for(10)
+    with pytest.raises(LeadlineError, match=r"far \(process 1\), renewed 1[01] s ago"), Lease(run, print):
         pass
-    write_json(run.drivers / "000002.json", {**other, "renewed": time.time() - lease.SECONDS - 1, "ended": False})
-    with Lease(run) as ours:
+    # It may be dead: it is waited for, and lives.
+    silent_for(20)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lambda: (time.sleep(0.3), silent_for(0)))
+        with pytest.raises(LeadlineError, match=r"far \(process 1\), renewed 0 s ago"), Lease(run, print):
+            pass
+    assert "far (process 1), renewed 20 s ago; this driver takes over if" in capsys.readouterr().out
+    silent_for(lease.SECONDS - 0.5)
+    began = time.monotonic()
+    with Lease(run, print) as ours:
+        assert time.monotonic() - began > 0.4
         ours.check()
     assert names(run.drivers) == {"000001.json", "000002.json", "000003.json"}
 
 
 def test_who_was_silent_stops_if_another_has_taken_over(run, monkeypatch):
     monkeypatch.setattr(lease, "RENEWAL", 60.0)
-    with Lease(run) as first:
+    with Lease(run, print) as first:
         before = record(run)
         monkeypatch.setattr(lease, "SECONDS", 0.05)
         time.sleep(0.1)
@@ -119,7 +133,7 @@ def test_who_was_silent_stops_if_another_has_taken_over(run, monkeypatch):
         assert record(run)["renewed"] > before["renewed"]
         time.sleep(0.1)
         before = record(run)
-        with Lease(run) as second:
+        with Lease(run, print) as second:
             with pytest.raises(LeadlineError, match=rf"taken over by {before['host']}.*stops"):
                 first.check()
             assert not first.is_held()
@@ -129,7 +143,7 @@ def test_who_was_silent_stops_if_another_has_taken_over(run, monkeypatch):
 
 def test_who_is_not_silent_is_told_by_its_next_renewal(run, monkeypatch):
     monkeypatch.setattr(lease, "RENEWAL", 0.02)
-    with Lease(run) as first:
+    with Lease(run, print) as first:
         write_json(run.drivers / "000002.json", record(run))
         deadline = time.monotonic() + 20
         while first.is_held() and time.monotonic() < deadline:

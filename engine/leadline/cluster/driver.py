@@ -72,7 +72,7 @@ def run(
     if directory.status(manifest) == "complete":
         return Run(directory)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
-    with Lease(directory) as lease, Stages(Console(stderr=True)) as stages:
+    with Stages(Console(stderr=True)) as stages, Lease(directory, stages.say) as lease:
         if directory.begin(manifest):
             return Run(directory)  # another driver was faster
         sweep(directory.root)

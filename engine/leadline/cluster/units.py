@@ -3,6 +3,7 @@
 A bench does units of one run in one process. It knows nothing of Ray: `pool` puts benches into actors.
 """
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -651,7 +652,10 @@ class Bench:
         expected = read_json(directory.record("train", member.name))["directions"]
         if expected is None:
             return make_reducers(probes, {})
-        with fetched(directory.directions(member.name), sha256=expected) as path:
+        stored = directory.directions(member.name)
+        with fetched(stored) as path:
+            if digest(path) != expected:
+                raise LeadlineError(f"{stored}: not the directions that the run was begun with; restore the file")
             return make_reducers(probes, load_directions(path, self.device))
 
     @staticmethod
@@ -711,8 +715,7 @@ def _mask(places: Sequence[int], n: int) -> Array:
 
 
 def _load(place: Place) -> Array:
-    with place.open("rb") as opened:
-        return np.asarray(np.load(opened, allow_pickle=False))
+    return np.asarray(np.load(io.BytesIO(place.read_bytes()), allow_pickle=False))
 
 
 def _save(path: Path, array: Array) -> None:

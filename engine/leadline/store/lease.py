@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,17 +27,20 @@ from leadline.store.places import Place
 
 SECONDS = 60.0  # of silence after which a driver is taken for dead
 RENEWAL = 5.0  # seconds between two renewals
+LOOK = 1.0  # seconds between two looks at a driver that is waited for
+DOUBT = 15.0  # seconds of silence after which another driver waits to see, and is not refused
 
 
 class Lease:
     """A run that is this process's alone, from now to the end of the `with` block.
 
-    Raises LeadlineError where another driver has it; not when that one has been silent for SECONDS, or was a process of
-    this machine that lives no more.
+    say: takes a line for the user. Raises LeadlineError where another driver has it; not when that one has been silent
+    for SECONDS, or was a process of this machine that lives no more. What has been silent for a while may be a driver
+    whose machine was lost, and this one its successor, started by whatever looks after jobs: so it waits.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self._root, self._folder = directory.root, directory.drivers
+    def __init__(self, directory: RunDirectory, say: Callable[[str], None]) -> None:
+        self._root, self._folder, self._say = directory.root, directory.drivers, say
         self._about = {**_here(), "session": uuid.uuid4().hex, "since": time.time()}
         self._number, self._renewed = self._take()
         self._lost = ""  # how, once it is
@@ -76,15 +80,23 @@ class Lease:
         while True:
             last = _last(self._folder)
             if last:
-                record = read_json(_record(self._folder, last))
-                if not _is_over(record):
-                    raise LeadlineError(
-                        f"{self._root}: is being computed by {_who(record)}, renewed {_silence(record):.0f} s ago; "
-                        f"wait, or run the same command again when it has been silent for {SECONDS:.0f} s"
-                    )
+                self._await_end(last)
             now = time.time()
             if create(_record(self._folder, last + 1), {**self._about, "renewed": now, "ended": False}):
                 return last + 1, now
+
+    def _await_end(self, number: int) -> None:
+        has_said = False
+        while not _is_over(record := read_json(_record(self._folder, number))):
+            by = f"{self._root}: is being computed by {_who(record)}, renewed {_silence(record):.0f} s ago"
+            if _silence(record) < DOUBT:
+                raise LeadlineError(
+                    f"{by}; wait, or run the same command again when it has been silent for {SECONDS:.0f} s"
+                )
+            if not has_said:
+                self._say(f"{by}; this driver takes over if it is silent for {SECONDS:.0f} s")
+                has_said = True
+            time.sleep(LOOK)
 
     def _keep(self) -> None:
         while not self._over.wait(RENEWAL) and not self._lost:

@@ -95,12 +95,16 @@ class ObjectPath:
         assert mode == "rb"
         return io.BufferedReader(_Reader(self), BYTES)
 
-    def read_text(self) -> str:
+    def read_bytes(self) -> bytes:
         """Raises FileNotFoundError."""
         import obstore
 
         with _asking(self):
-            return obstore.get(_store(self.bucket), str(self.key)).bytes().to_bytes().decode()
+            return obstore.get(_store(self.bucket), str(self.key)).bytes().to_bytes()
+
+    def read_text(self) -> str:
+        """Raises FileNotFoundError."""
+        return self.read_bytes().decode()
 
     def download(self, target: Path) -> None:
         """Write the object's bytes to a file. Raises FileNotFoundError."""
