@@ -31,14 +31,19 @@ def test_a_driver_that_is_stopped_is_succeeded_and_stops(tiny_run, tmp_path):
         time.sleep(4)
         second = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert second.returncode == 0, second.stderr
-        files = {path: path.stat().st_mtime_ns for path in run.rglob("*.*")}
+        files = times(run)
         first.send_signal(signal.SIGCONT)
         _, errors = first.communicate(timeout=60)
     assert first.returncode == 2
     assert errors.splitlines()[-1].startswith(f"leadline: {run}: was taken over by ")
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.*")} == files
+    assert times(run) == files
     assert tables_of(run) == tables_of(tiny_run.directory.root)
     assert verify(leadline.open(run).directory) == []
+
+
+def times(run):
+    """When the files of a run were written; but for its drivers' own records, one of which it may have been writing."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent.name != "drivers"}
 
 
 def wait_for(run, pattern, driver):

@@ -118,6 +118,16 @@ def test_only_the_first_creates(s3, bucket, tmp_path):
         assert names(place.parent) == {"1.json"}
 
 
+def test_only_the_first_creates_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")  # as exFAT says
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert [create(tmp_path / "1.json", {"by": i}) for i in range(3)] == [True, False, False]
+    assert read_json(tmp_path / "1.json") == {"by": 0}
+    assert names(tmp_path) == {"1.json"}
+
+
 @pytest.mark.parametrize("fault", ["cut", "refuse"])
 def test_a_write_that_breaks_off_is_made_again(s3, bucket, line, fault):
     """The first two tries break, the second of them for what is uploaded in parts too."""

@@ -90,7 +90,13 @@ def create(place: Place, value: Mapping[str, Any]) -> bool:
     beside = _beside(place)
     try:
         beside.write_text(_as_text(value))
-        os.link(beside, place)  # which, unlike a rename, fails where there is one, and shows the file whole
+        try:
+            os.link(beside, place)  # which, unlike a rename, fails where there is one, and shows the file whole
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links on this file system: as exclusive, but for a moment it is seen empty
+            with place.open("x") as opened:
+                opened.write(_as_text(value))
     except FileExistsError:
         return False
     finally:
