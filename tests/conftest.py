@@ -2,9 +2,11 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,43 @@ def until_decided_run(tmp_path_factory):
     for stage, units in (("share", shared), ("vote", voted)):
         assert f"{stage}  {units}/" in finished.stderr, finished.stderr
     return leadline.open(run)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A client (boto3, which Leadline does not use) of an S3 server that runs here, which the environment points to."""
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_REGION": "us-east-1",
+    }
+    server = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, "the S3 server does not start"
+            time.sleep(0.1)
+        yield boto3.client("s3")
+        process.kill()
+
+
+@pytest.fixture
+def bucket(s3):
+    """The name of a new one. The engine keeps its clients by bucket, and each its endpoint."""
+    name = f"b{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=name)
+    return name

@@ -26,7 +26,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure methods beside one another, on embeddings of yours.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="directory of a run")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="directory of a run, or s3://… or gs://…")]
 SettledOnly = Annotated[bool, typer.Option("--settled-only", help="leave out points whose softmax probe disagrees")]
 
 
@@ -42,7 +42,9 @@ class Format(StrEnum):
 @app.command("run")
 def run_command(
     config: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
-    out: Annotated[Path | None, typer.Option(help="directory of the run; by default runs/<name>")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="directory of the run, or s3://… or gs://…; by default runs/<name>")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the configuration")
     ] = None,
@@ -108,9 +110,10 @@ def hardest(
 def verify(run: RunPath) -> None:
     """Hold a run's files against its manifest, its depths against its votes. Exit code 1 where one is wrong."""
     from leadline.store import RunDirectory
+    from leadline.store.places import place_of
     from leadline.store.verify import verify as find_faults
 
-    faults = find_faults(RunDirectory(run.absolute()))
+    faults = find_faults(RunDirectory(place_of(run)))
     for fault in faults:
         print(fault)
     if faults:

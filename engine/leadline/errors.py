@@ -8,6 +8,10 @@ class LeadlineError(Exception):
     """
 
 
+class StorageError(LeadlineError):
+    """An object store refuses, or does not answer: another try may succeed."""
+
+
 def one_line(error: BaseException) -> str:
     """What an exception of another library says: its type and message, without line breaks."""
     message = " ".join(str(error).split())

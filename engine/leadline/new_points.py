@@ -1,7 +1,6 @@
 """Depths of points that were not in a run, by the banks and indexes that it has kept."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,13 @@ import torch
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, Votes, count_votes, load_index
+from leadline.knn import Bank, Index, Votes, count_votes, load_index
 from leadline.knn.arrays import Array, Shards
 from leadline.knn.exact import refuse_non_finite
 from leadline.members.probes import Probe
 from leadline.store import RunDirectory
-from leadline.store.files import check
+from leadline.store.files import fetched
+from leadline.store.places import Place
 from leadline.store.schemas import vote_columns
 from leadline.store.tables import read_table
 from leadline.stored_member import StoredMember
@@ -60,18 +60,21 @@ class KeptMember(StoredMember):
 
     def _votes(self, probe: Probe, ids: Array, labels: Array, queries: Array) -> Votes:
         refuse_non_finite(queries, 0, f"probe {probe.name}, point")
-        rows = np.load(self._checked(self._directory.bank(self.name, probe.index)), mmap_mode="r", allow_pickle=False)
-        bank = Shards([rows], ids if probe.index == 0 else None)
-        path = self._directory.index(self.name, probe.index)
-        # A probe that was searched exactly has no index.
-        is_indexed = str(path.relative_to(self._directory.root)) in self._files
-        search = load_index(self._checked(path), bank) if is_indexed else Bank(bank)
-        found, _ = search.search(queries, self.config.k)
+        kept, index = (place(self.name, probe.index) for place in (self._directory.bank, self._directory.index))
+        with fetched(kept, sha256=self._digest(kept) or "") as path:
+            bank = Shards([np.load(path, mmap_mode="r", allow_pickle=False)], ids if probe.index == 0 else None)
+            search: Bank | Index = Bank(bank)
+            if self._digest(index):  # a probe that was searched exactly has no index
+                about = self._directory.about_index(self.name, probe.index)
+                with fetched(index, about, sha256=self._digest(index)) as path:
+                    search = load_index(path, bank)
+            found, _ = search.search(queries, self.config.k)
         return count_votes(labels[found])
 
-    def _checked(self, path: Path) -> Path:
-        check(path, self._files.get(str(path.relative_to(self._directory.root)), ""))
-        return path
+    def _digest(self, place: Place) -> str | None:
+        """Of a file in the manifest; None where it has no such file."""
+        found: str | None = self._files.get(self._directory.inside(place))
+        return found
 
 
 def as_rows(values: Any, name: str) -> Array:

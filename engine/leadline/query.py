@@ -13,10 +13,11 @@ import pyarrow.dataset as ds
 from leadline.errors import LeadlineError, one_line
 from leadline.new_points import KeptMember, as_rows
 from leadline.store import TABLES, RunDirectory
+from leadline.store.places import for_arrow, place_of
 
 
 class Run:
-    """A run that is on disk. Tables are opened when they are asked for, and never changed."""
+    """A run that is stored. Tables are opened when they are asked for, and never changed."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
@@ -65,12 +66,9 @@ class Run:
                 raise LeadlineError("query: runs are read-only; give one SELECT statement")
             for name in TABLES:
                 if self.directory.table(name).exists():
-                    files = _quoted(self.directory.files(name))
-                    connection.execute(
-                        f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
-                        "hive_types_autocast = false)"
-                    )
-            connection.execute(f"SET allowed_directories = [{_quoted(str(self.directory.root) + '/')}]")
+                    self._offer(name, connection)
+            if isinstance(self.directory.root, Path):
+                connection.execute(f"SET allowed_directories = [{_quoted(str(self.directory.root) + '/')}]")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
             try:
@@ -101,21 +99,50 @@ class Run:
         rows = [as_rows(values, f"embeddings[{i}]") for i, values in enumerate(embeddings)]
         return kept.depths([values.reshape(len(values), -1) for values in rows], np.asarray(predictions))
 
-    def _dataset(self, name: str) -> ds.Dataset:
+    def _offer(self, name: str, connection: duckdb.DuckDBPyConnection) -> None:
+        """Let SQL know a table by its name.
+
+        What lies in an object store is read by Arrow, only what a query needs of it: DuckDB's own way there is an
+        extension, which it would have to download.
+        """
+        if isinstance(self.directory.root, Path):
+            files = _quoted(self.directory.files(name))
+            connection.execute(
+                f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
+                "hive_types_autocast = false)"
+            )
+            return
+        # Lists of any length, as DuckDB reads them from files: members differ in their number of probes.
+        fields = [
+            pa.field(field.name, pa.list_(field.type.value_type)) if pa.types.is_fixed_size_list(field.type) else field
+            for field in self._dataset(name).schema
+        ]
+        connection.register(name, self._dataset(name, pa.schema(fields)))
+
+    def _dataset(self, name: str, schema: pa.Schema | None = None) -> ds.Dataset:
+        """schema: to read it as; by default that of its first file."""
         if not self.directory.table(name).exists():
             raise LeadlineError(
                 f"{self.directory.root}: has no table {name} yet, the run is {self.manifest.get('status')}; "
                 "finish it with the command that began it"
             )
         member = pa.schema([("member", pa.string())])
-        return ds.dataset(
-            self.directory.table(name), format="parquet", partitioning=ds.partitioning(member, flavor="hive")
-        )
+        path, filesystem = for_arrow(self.directory.table(name))
+        parts = ds.partitioning(member, flavor="hive")
+        try:
+            return ds.dataset(path, schema, format="parquet", filesystem=filesystem, partitioning=parts)
+        except OSError as error:
+            raise LeadlineError(
+                f"{self.directory.table(name)}: cannot be read ({one_line(error)}); see what leadline verify says"
+            ) from None
 
 
 def open_run(uri: str | Path) -> Run:
-    """A run on disk, to be read. Raises LeadlineError where there is none."""
-    return Run(RunDirectory(Path(uri).absolute()))
+    """A run, to be read: its directory, or s3://bucket/prefix or gs://bucket/prefix.
+
+    Raises LeadlineError where there is none.
+    """
+    return Run(RunDirectory(place_of(uri)))
 
 
 def _quoted(text: str) -> str:

@@ -18,7 +18,7 @@ from leadline.members.probes import Probe
 from leadline.members.weights import load_weights, weights_fingerprint
 from leadline.points import Points
 from leadline.store import RunDirectory
-from leadline.store.files import check, read_json, replacing
+from leadline.store.files import fetched, read_json, replacing
 from leadline.store.tables import read_table
 
 
@@ -43,8 +43,8 @@ class StoredMember:
         self.probes = [Probe(**probe) for probe in trained["probes"]]
         directions = {}
         if trained["directions"]:
-            check(directory.directions(name), trained["directions"])
-            directions = load_directions(directory.directions(name), self._device)
+            with fetched(directory.directions(name), sha256=trained["directions"]) as path:
+                directions = load_directions(path, self._device)
         self._reducers = make_reducers(self.probes, directions)
 
     def embed(self, points: Array) -> tuple[list[Array], Array]:
@@ -86,9 +86,10 @@ class StoredMember:
     def _network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
         entry = next(entry for entry in self.config.members if entry.label == self._row["architecture"])
         network = build(entry.architecture, entry.parameters, input_shape, self.probes[-1].width, self._row["seed"])
-        path = self._directory.weights(self.name)
-        load_weights(network, path)
+        place = self._directory.weights(self.name)
+        with fetched(place) as path:
+            load_weights(network, path)
         network.float().to(self._device).eval()
         if weights_fingerprint(network) != self._fingerprint:
-            raise LeadlineError(f"{path}: not the weights that the run was made with; restore the file")
+            raise LeadlineError(f"{place}: not the weights that the run was made with; restore the file")
         return network

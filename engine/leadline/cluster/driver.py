@@ -1,7 +1,6 @@
 """A run from its configuration to its tables, on Ray."""
 
 import fnmatch
-import hashlib
 import os
 import platform
 import shutil
@@ -36,9 +35,11 @@ from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import training_ids
 from leadline.points import TRAIN, Points, open_points
-from leadline.query import Run, open_run
+from leadline.query import Run
 from leadline.store import RunDirectory
 from leadline.store.files import digest, read_json, sweep
+from leadline.store.lease import Lease
+from leadline.store.places import place_of
 from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
 from leadline.store.tables import ROWS, read_table, write_table
 
@@ -55,26 +56,29 @@ def run(
 ) -> Run:  # fmt: skip
     """Compute the depths of every point under every member, and leave them as tables in a directory.
 
-    config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, by default
-    runs/<name>; a run that was interrupted goes on from its finished units. address: of a Ray cluster; by default one
-    is started on this machine. overrides: "key=value" in the configuration. train_only: stop when the weights of all
-    members are stored; the same call without it goes on from there. Progress goes to standard error.
+    config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, or
+    s3://bucket/prefix or gs://bucket/prefix, by default runs/<name>; a run that was interrupted goes on from its
+    finished units. address: of a Ray cluster; by default one is started on this machine. overrides: "key=value" in the
+    configuration. train_only: stop when the weights of all members are stored; the same call without it goes on from
+    there. Progress goes to standard error.
 
-    Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, and a directory that holds
-    a run of others.
+    Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, a directory that holds a
+    run of others, and one that another driver is at work on.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     points = open_points(config.points)
     members = list_members(config)
     bank_rows = {member.name: _check_bank(config, points, member) for member in members}
     probes = _place_probes(config, points)
-    directory = RunDirectory(Path(out or Path("runs") / config.name).absolute())
+    directory = RunDirectory(place_of(out or Path("runs") / config.name))
     manifest = _manifest(config, points, members)
-    if directory.begin(manifest):
-        return open_run(directory.root)
-    sweep(directory.root)
+    if directory.status(manifest) == "complete":
+        return Run(directory)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
-    with Stages(Console(stderr=True)) as stages:
+    with Stages(Console(stderr=True)) as stages, Lease(directory, stages.say) as lease:
+        if directory.begin(manifest):
+            return Run(directory)  # another driver was faster
+        sweep(directory.root)
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
@@ -82,12 +86,15 @@ def run(
                 config, members, probes, bank_of_all(config, points.parts), bank_rows, len(points),
                 len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
-            _compute(graph, directory, (config, stamps), is_local, stages)
+            _compute(graph, directory, (config, stamps), is_local, stages, lease)
         if not train_only:
+            lease.check()
             directory.free_scratch()
             _combine(directory, members, points, config, stamps)
-            directory.complete(directory.digests(), stages.report())
-    return open_run(directory.root)
+            digests = directory.digests()
+            lease.check()
+            directory.complete(digests, stages.report())
+    return Run(directory)
 
 
 def _check_bank(config: RunConfig, points: Points, member: Member) -> int:
@@ -154,7 +161,7 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
 
 
 def _compute(
-    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, stages: Stages
+    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, stages: Stages, lease: Lease
 ) -> None:  # fmt: skip
     """Train, embed, vote and reduce what is not there from an earlier try.
 
@@ -170,9 +177,10 @@ def _compute(
             stages.plan(stage, measure, totals[stage])
     for stage in ("train", "reduce"):
         stages.found(stage, len(reduced))
-    with _scratch(graph, directory, groups, is_local, stages) as (placed, room, scratch):
+    with _scratch(graph, directory, groups, is_local, stages, lease) as (placed, room, scratch):
         pool = Pool(engine, bench, scratch, is_local, stages.say)
-        failures = _do(graph, placed, groups, room, pool, stages)
+        failures = _do(graph, placed, groups, room, pool, stages, lease)
+        lease.check()
         pool.close()
         # Also of members that an earlier try had reduced when it was killed.
         for member in reduced:
@@ -187,8 +195,9 @@ def _compute(
 
 
 def _do(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, stages: Stages
-) -> list[Failure]:
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, stages: Stages,
+    lease: Lease,
+) -> list[Failure]:  # fmt: skip
     """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least.
 
     room: None where the workers see to that, each at its own place: then so many that none of them waits for work.
@@ -217,10 +226,12 @@ def _do(
             add(number)
 
     def began(unit: Unit) -> None:
+        lease.check()
         if unit.stage in STAGES:
             stages.begin(unit.stage)
 
     def done(unit: Unit, result: Done) -> None:
+        lease.check()
         if unit.stage in STAGES:
             stages.advance(unit.stage, *result)
         take_in()
@@ -246,15 +257,17 @@ def _told(failures: list[Failure]) -> str:
 
 @contextmanager
 def _scratch(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], is_local: bool, stages: Stages
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], is_local: bool, stages: Stages, lease: Lease
 ) -> Iterator[tuple[RunDirectory, int | None, Scratch]]:
     """The run's directory with a place for embeddings, the bytes that it has room for, and where workers have theirs.
 
-    Shared embeddings lie in the folder asked for, in memory where they fit, or in the run's own directory.
+    Shared embeddings lie in the folder asked for, in memory where they fit, or in the run's own directory, and for a
+    run in an object store in this machine's folder of temporary files. Raises LeadlineError where not all nodes of a
+    cluster see that.
     """
     engine = graph.config.engine
     largest = max((_embedding_bytes(graph, group) for group in groups), default=0)
-    name = f"leadline-{hashlib.sha256(str(directory.root).encode()).hexdigest()[:16]}"
+    name = directory.scratch_name
     placement = engine.placement
     if placement == "auto":
         placement = "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
@@ -271,6 +284,8 @@ def _scratch(
         directory = RunDirectory(directory.root, engine.scratch.absolute() / name)
     elif in_memory:
         directory = RunDirectory(directory.root, MEMORY / name)
+    elif not (is_local or graph.train_only or isinstance(directory.root, Path)):
+        raise LeadlineError("engine.scratch: give a folder that all nodes see; embeddings do not lie in object stores")
     room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
     if groups and not graph.train_only:
         where = "memory" if in_memory else str(directory.scratch)
@@ -279,7 +294,7 @@ def _scratch(
         yield directory, room, scratch
     finally:
         # Memory is given back also when the run ends early; on disk, finished shards wait for the next try.
-        if in_memory:
+        if in_memory and lease.is_held():
             directory.free_scratch()
 
 

@@ -100,8 +100,9 @@ class Graph:
         """Once for the run, with its first member; kept until every member is reduced."""
         if not self.common.pays or self.members[0] not in members:
             return
+        there = directory.finished("share")
         for block in range(self.blocks):
-            if not directory.shared_cost(block).exists():
+            if directory.shared_cost(block).name not in there:
                 open_in = [("vote", m.name, 1, block) for m in members] if self._until_decided else []
                 embedded = [("embedded", m.name) for m in members] if self._until_decided else []
                 needs = (("input", group), *embedded, *open_in)
@@ -128,12 +129,12 @@ class Graph:
 
     def _vote(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Wide probes first, or the last one where a vote waits for that of the next probe."""
-        probes = self.probes[member.architecture]
+        probes, there = self.probes[member.architecture], directory.finished("vote", member.name)
         for probe in sorted(probes, key=lambda probe: -probe.index if self._until_decided else -probe.width):
             p, is_shared = probe.index, probe.index == 0 and self.common.pays
             bank = ("shared", member.name) if is_shared else ("bank", member.name, p)
             for block in range(self.blocks):
-                if directory.votes_cost(member.name, p, block).exists():
+                if directory.votes_cost(member.name, p, block).name in there:
                     continue
                 needs = [*_embedded(group, member), ("index", member.name, p)]
                 made: list[Thing] = [("voted", member.name)]
@@ -144,7 +145,7 @@ class Graph:
                     made.append(("vote", member.name, p, block))
                 parts = self._parts(member, probe)
                 for part in range(parts):
-                    if not directory.part_cost(member.name, p, part, parts, block).exists():
+                    if directory.part_cost(member.name, p, part, parts, block).name not in there:
                         found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
                         yield _unit(group, "part", directory, (member, p, part, block), tuple(needs), found, ready)
                 needs.append(("parts", member.name, p, block))

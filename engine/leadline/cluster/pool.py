@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from leadline.cluster.schedule import Schedule, Thing, Unit
 from leadline.cluster.units import Bench
 from leadline.config import Engine
-from leadline.errors import LeadlineError, one_line
+from leadline.errors import LeadlineError, StorageError, one_line
 from leadline.store import RunDirectory
 
 MEMORY = Path("/dev/shm")  # a file system in memory
@@ -174,8 +174,8 @@ class Pool:
                     if not answer.is_final and tries[unit.name] < TRIES:
                         schedule.again(unit)
                     elif set_aside := schedule.fail(unit):
-                        often = "" if answer.is_final else f", {TRIES} times; {MEND}"
-                        failures.append(Failure(unit.name, answer.text + often, answer.trace, len(set_aside) - 1))
+                        often = "" if answer.is_final else f"{TRIES} times: "
+                        failures.append(Failure(unit.name, often + answer.text, answer.trace, len(set_aside) - 1))
                 if answer.is_death and worker.ready and worker.ready.place not in self._places():
                     for group in schedule.at_home(worker.ready.place):
                         lost(group)
@@ -220,16 +220,18 @@ class Pool:
         try:
             return worker, unit, ray.get(answered[0])
         except RayTaskError as error:
+            if isinstance(error.cause, StorageError):
+                return worker, unit, _Trouble(str(error.cause))
             if isinstance(error.cause, LeadlineError):
                 return worker, unit, _Trouble(str(error.cause), is_final=True)
-            return worker, unit, _Trouble(one_line(error.cause), trace=str(error))
+            return worker, unit, _Trouble(f"{one_line(error.cause)}; {MEND}", trace=str(error))
         except RayError as error:
-            return worker, unit, _Trouble(f"its worker died ({one_line(error)})", is_death=True)
+            return worker, unit, _Trouble(f"its worker died ({one_line(error)}); {MEND}", is_death=True)
 
     def _replace(self, text: str) -> None:
         self._deaths += 1
         if self._deaths > TRIES * self.size:
-            raise LeadlineError(f"no worker stays alive: {text}; {MEND}")
+            raise LeadlineError(f"no worker stays alive: {text}")
         self._start()
 
     def _places(self) -> set[str]:

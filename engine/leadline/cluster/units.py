@@ -3,6 +3,7 @@
 A bench does units of one run in one process. It knows nothing of Ray: `pool` puts benches into actors.
 """
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,8 @@ from leadline.members.train import resolve_precision, train
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.points import open_points
 from leadline.store import RunDirectory
-from leadline.store.files import check, digest, read_json, replacing, write_json
+from leadline.store.files import digest, fetched, filling, read_json, replacing, write_json
+from leadline.store.places import Place
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, open_table, write_table
 
@@ -285,12 +287,12 @@ class Bench:
         bank_ids = self._training_ids(member)
         if choice.method != "exact":
             started = time.perf_counter()
-            path = directory.index(member.name, probe)
+            place = directory.index(member.name, probe)
             built = self._built(choice.method, self._rows(directory, member.name, probe, bank_ids))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            built.save(path)
+            with filling(place.parent) as folder:
+                built.save(folder / place.name)
             record |= {"index_bytes": built.size_bytes, "build_seconds": time.perf_counter() - started}
-            record["sha256"] = digest(path)
+            record["sha256"] = digest(place)
         write_json(directory.index_record(member.name, probe), record)
         return len(bank_ids)
 
@@ -438,7 +440,7 @@ class Bench:
         record = self._index_record(directory, member.name, probe) or {"method": "exact"}
         return bool(record["method"] == "exact" and self._probes(directory, member)[probe].reduction == "none")
 
-    def _blocks(self, path: Callable[[str, int, int], Path], member: Member, probe: int) -> list[Path]:
+    def _blocks(self, path: Callable[[str, int, int], Place], member: Member, probe: int) -> list[Place]:
         """The files of a probe's query blocks, in order."""
         return [path(member.name, probe, block) for block in range(len(self.query_blocks))]
 
@@ -460,7 +462,7 @@ class Bench:
         batch_size = self.config.engine.batch_size
         return EmbeddedRows(model, probes[probe], self._inputs, ids, len(self.points), batch_size)
 
-    def _save_sampled(self, path: Path, asked: Array, neighbours: Array) -> None:
+    def _save_sampled(self, path: Place, asked: Array, neighbours: Array) -> None:
         """Keep what the run found for the points that are audited: the audit is of just these votes."""
         place = places(asked, self.sample)
         place = place[place >= 0]
@@ -688,9 +690,9 @@ class Bench:
         record = self._index_record(directory, owner, probe)
         if not record or record["method"] == "exact":
             return None
-        path, engine = directory.index(owner, probe), self.config.engine
-        check(path, record["sha256"])
-        return load_index(path, rows, threads=engine.threads, memory_budget=engine.memory_budget)
+        index, about, engine = directory.index(owner, probe), directory.about_index(owner, probe), self.config.engine
+        with fetched(index, about, sha256=record["sha256"]) as path:
+            return load_index(path, rows, threads=engine.threads, memory_budget=engine.memory_budget)
 
     @staticmethod
     def _index_record(directory: RunDirectory, owner: str, probe: int) -> dict[str, Any] | None:
@@ -708,11 +710,12 @@ class Bench:
             if len(self._networks) >= self.config.engine.group_size:
                 self._networks.clear()
             trained = read_json(directory.record("train", member.name))
-            model, path = self._build(member), directory.weights(member.name)
-            load_weights(model, path)
+            model, stored = self._build(member), directory.weights(member.name)
+            with fetched(stored) as path:
+                load_weights(model, path)
             model.float().to(self.device).eval()
             if weights_fingerprint(model) != trained["weights_fingerprint"]:
-                raise LeadlineError(f"{path}: not the weights that the run was begun with; restore the file")
+                raise LeadlineError(f"{stored}: not the weights that the run was begun with; restore the file")
             probes = self._probes(directory, member)
             self._networks[member.name] = (model, probes, self._reducers(directory, member, probes))
         return self._networks[member.name]
@@ -721,10 +724,11 @@ class Bench:
         expected = read_json(directory.record("train", member.name))["directions"]
         if expected is None:
             return make_reducers(probes, {})
-        path = directory.directions(member.name)
-        if digest(path) != expected:
-            raise LeadlineError(f"{path}: not the directions that the run was begun with; restore the file")
-        return make_reducers(probes, load_directions(path, self.device))
+        stored = directory.directions(member.name)
+        with fetched(stored) as path:
+            if digest(path) != expected:
+                raise LeadlineError(f"{stored}: not the directions that the run was begun with; restore the file")
+            return make_reducers(probes, load_directions(path, self.device))
 
     @staticmethod
     def _array(open_files: ExitStack, path: Path, n_rows: int, width: int) -> Array:
@@ -782,8 +786,8 @@ def _mask(places: Sequence[int], n: int) -> Array:
     return mask
 
 
-def _load(path: Path) -> Array:
-    return np.asarray(np.load(path, allow_pickle=False))
+def _load(place: Place) -> Array:
+    return np.asarray(np.load(io.BytesIO(place.read_bytes()), allow_pickle=False))
 
 
 def _save(path: Path, array: Array) -> None:

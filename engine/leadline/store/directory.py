@@ -1,6 +1,7 @@
 """A run's directory: the one place that knows where things lie.
 
 run.json                       what was asked, what it was made of, whether it is complete
+drivers/NNNNNN.json            who computes it, or did so last
 points.parquet members.parquet probes.parquet ensemble.parquet
 depths/member=M/part-0.parquet votes/member=M/part-0.parquet
 weights/M.safetensors          of every member, trained here or given
@@ -17,13 +18,16 @@ indexes/M/PPP.npy              the rows of every bank, and indexes/input/000.npy
 scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
 """
 
+import hashlib
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from leadline.errors import LeadlineError
-from leadline.store.files import PART, digest, read_json, write_json
+from leadline.store.files import PART, digest, names, read_json, remove, write_json
+from leadline.store.places import Place
 
 BY_MEMBER = ("depths", "votes")
 TABLES = ("points", "members", "probes", "ensemble", *BY_MEMBER)
@@ -32,88 +36,111 @@ TABLES = ("points", "members", "probes", "ensemble", *BY_MEMBER)
 class RunDirectory:
     """Paths and records of one run; holds no open files, so that it can be sent to an actor."""
 
-    def __init__(self, root: Path, scratch: Path | None = None) -> None:
+    def __init__(self, root: Place, scratch: Path | None = None) -> None:
+        """scratch: on a file system, since embeddings are mapped into memory; by default in the run's own directory,
+        and for a run in an object store in this machine's temporary folder.
+        """
         self.root = root
-        self.scratch = scratch or root / "scratch"
+        in_root = root / "scratch" if isinstance(root, Path) else Path(tempfile.gettempdir()) / self.scratch_name
+        self.scratch = scratch or in_root
 
     @property
-    def manifest_path(self) -> Path:
+    def scratch_name(self) -> str:
+        """Of its folder where several runs have theirs."""
+        return f"leadline-{hashlib.sha256(str(self.root).encode()).hexdigest()[:16]}"
+
+    @property
+    def manifest_path(self) -> Place:
         return self.root / "run.json"
 
-    def table(self, name: str) -> Path:
+    @property
+    def drivers(self) -> Place:
+        """Folder of the records of who computes the run (see `lease`)."""
+        return self.root / "drivers"
+
+    def table(self, name: str) -> Place:
         """The file of a table, or the folder of one that has a file for each member."""
         return self.root / (name if name in BY_MEMBER else f"{name}.parquet")
 
-    def member_table(self, name: str, member: str) -> Path:
+    def member_table(self, name: str, member: str) -> Place:
         """The file of depths or votes of one member."""
         return self.table(name) / f"member={member}" / "part-0.parquet"
 
     def files(self, name: str) -> str:
-        """A table's files, as a glob."""
+        """A table's files on a file system, as a glob."""
         return str(self.table(name) / "*" / "*.parquet" if name in BY_MEMBER else self.table(name))
 
-    def weights(self, member: str) -> Path:
+    def weights(self, member: str) -> Place:
         return self.root / "weights" / f"{member}.safetensors"
 
-    def directions(self, member: str) -> Path:
+    def directions(self, member: str) -> Place:
         """Principal directions at a member's probes: fitted once, before any embedding."""
         return self.root / "directions" / f"{member}.safetensors"
 
-    def record(self, stage: str, name: str) -> Path:
+    def record(self, stage: str, name: str) -> Place:
         """Of a finished unit of training or reduction."""
         return self.root / "units" / stage / f"{name}.json"
 
-    def votes_part(self, member: str, probe: int, block: int) -> Path:
+    def votes_part(self, member: str, probe: int, block: int) -> Place:
         return self.root / "units" / "vote" / member / f"{probe:03d}-{block:05d}.npy"
 
-    def votes_cost(self, member: str, probe: int, block: int) -> Path:
+    def votes_cost(self, member: str, probe: int, block: int) -> Place:
         """Record of a finished unit of voting: written after its votes."""
         return self.votes_part(member, probe, block).with_suffix(".json")
 
-    def part(self, member: str, probe: int, part: int, parts: int, block: int) -> Path:
+    def part(self, member: str, probe: int, part: int, parts: int, block: int) -> Place:
         """Neighbours of a query block in one part of a bank that is cut into so many."""
         return self.votes_part(member, probe, block).with_suffix(f".{part}of{parts}.npy")
 
-    def part_cost(self, member: str, probe: int, part: int, parts: int, block: int) -> Path:
+    def part_cost(self, member: str, probe: int, part: int, parts: int, block: int) -> Place:
         """Record of a finished unit of searching a part: written after its neighbours."""
         return self.part(member, probe, part, parts, block).with_suffix(".json")
 
-    def sampled(self, member: str, probe: int, block: int) -> Path:
+    def sampled(self, member: str, probe: int, block: int) -> Place:
         """Neighbours of the audited points among a unit's, as the run found them."""
         return self.votes_part(member, probe, block).with_suffix(".sample.npy")
 
-    def trial(self, architecture: str, probe: int) -> Path:
+    def trial(self, architecture: str, probe: int) -> Place:
         """Record of a finished trial of methods."""
         return self.root / "units" / "trial" / architecture / f"{probe:03d}.json"
 
-    def index_record(self, member: str, probe: int) -> Path:
+    def index_record(self, member: str, probe: int) -> Place:
         """Record of a finished unit of indexing: written after the index, where there is one."""
         return self.root / "units" / "index" / member / f"{probe:03d}.json"
 
-    def index(self, member: str, probe: int) -> Path:
+    def finished(self, stage: str, name: str = "") -> frozenset[str]:
+        """Names of the files that units of voting for a member, or of sharing, have left."""
+        folder = self.root / "units" / stage
+        return names(folder / name if name else folder)
+
+    def index(self, member: str, probe: int) -> Place:
         return self.indexes / member / f"{probe:03d}.index"
 
-    def bank(self, member: str, probe: int) -> Path:
+    def about_index(self, member: str, probe: int) -> Place:
+        """What `Index.save` writes beside an index."""
+        return self.index(member, probe).with_suffix(".index.json")
+
+    def bank(self, member: str, probe: int) -> Place:
         """Kept rows of a member's bank; at the input, of all points for all members."""
         return self.indexes / ("input" if probe == 0 else member) / f"{probe:03d}.npy"
 
     @property
-    def indexes(self) -> Path:
+    def indexes(self) -> Place:
         return self.root / "indexes"
 
-    def audited(self, member: str, probe: int) -> Path:
+    def audited(self, member: str, probe: int) -> Place:
         """Exact winners of the audited points."""
         return self.root / "units" / "audit" / member / f"{probe:03d}.npy"
 
-    def audit_record(self, member: str, probe: int) -> Path:
+    def audit_record(self, member: str, probe: int) -> Place:
         """Record of a finished unit of the audit: written after its winners."""
         return self.audited(member, probe).with_suffix(".json")
 
-    def shared(self, block: int) -> Path:
+    def shared(self, block: int) -> Place:
         """Common neighbours of a query block at the input."""
         return self.root / "units" / "share" / f"{block:05d}.npy"
 
-    def shared_cost(self, block: int) -> Path:
+    def shared_cost(self, block: int) -> Place:
         """Record of a finished unit of sharing: written after its neighbours."""
         return self.shared(block).with_suffix(".json")
 
@@ -129,17 +156,18 @@ class RunDirectory:
     def free_member(self, member: str, *, keep_indexes: bool) -> None:
         """Remove a reduced member's embeddings, its units of voting, indexing and audit, and its indexes or not."""
         for stage in ("vote", "index", "audit"):
-            shutil.rmtree(self.root / "units" / stage / member, ignore_errors=True)
+            remove(self.root / "units" / stage / member)
         shutil.rmtree(self.scratch / member, ignore_errors=True)
         if not keep_indexes:
-            shutil.rmtree(self.indexes / member, ignore_errors=True)
-            with suppress(OSError):
-                self.indexes.rmdir()  # of the last one
+            remove(self.indexes / member)
+            if isinstance(self.indexes, Path):
+                with suppress(OSError):
+                    self.indexes.rmdir()  # of the last one
 
     def free_shared(self) -> None:
         """Remove what members share, once all of them are reduced."""
         for stage in ("share", "trial"):
-            shutil.rmtree(self.root / "units" / stage, ignore_errors=True)
+            remove(self.root / "units" / stage)
 
     def free_scratch(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -153,13 +181,23 @@ class RunDirectory:
     def begin(self, manifest: dict[str, Any]) -> bool:
         """Write the manifest of a new run, or hold it against the one that is there; True when that one is complete.
 
-        `configuration`, `data` and `weights` must be as they were: raises LeadlineError with the differences.
+        Raises LeadlineError as `status` does.
+        """
+        status = self.status(manifest)
+        if status is None:
+            write_json(self.manifest_path, {**manifest, "status": "running"})
+        return status == "complete"
+
+    def status(self, manifest: dict[str, Any]) -> str | None:
+        """Of the run that is here; None where one can begin.
+
+        `configuration`, `data` and `weights` must be those of the manifest: raises LeadlineError with the differences,
+        and where the directory holds something else.
         """
         if not self.manifest_path.is_file():
-            if self.root.is_dir() and any(not path.name.endswith(PART) for path in self.root.iterdir()):
+            if self._holds_others():
                 raise LeadlineError(f"{self.root}: not empty and no run; give --out a new directory or that of a run")
-            write_json(self.manifest_path, {**manifest, "status": "running"})
-            return False
+            return None
         before = self.read_manifest()
         changes = [
             change
@@ -170,14 +208,23 @@ class RunDirectory:
             raise LeadlineError(
                 f"{self.root}: holds another run: {'; '.join(changes)}; give --out a new directory, or undo the change"
             )
-        return before.get("status") == "complete"
+        return str(before.get("status"))
+
+    def _holds_others(self) -> bool:
+        """Whether there is anything but what a driver that was killed before the manifest may have left."""
+        if isinstance(self.root, Path):
+            inside = self.root.iterdir() if self.root.is_dir() else iter(())
+            return any(not path.name.endswith(PART) and path != self.drivers for path in inside)
+        return any(path.parent != self.drivers for path in self.root.rglob("*"))
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the finished tables, and of the banks and indexes that are kept, by path inside the run."""
         kept = [path for path in self.indexes.rglob("*") if path.is_file()]
-        return {
-            str(path.relative_to(self.root)): digest(path) for path in sorted([*self.root.rglob("*.parquet"), *kept])
-        }
+        return {self.inside(path): digest(path) for path in sorted([*self.root.rglob("*.parquet"), *kept])}
+
+    def inside(self, place: Place) -> str:
+        """The path of a place inside the run."""
+        return str(place).removeprefix(f"{self.root}/")
 
     def complete(self, files: dict[str, str], stages: dict[str, Any]) -> None:
         """Record the digests of the finished files, and what the stages took."""

@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 
 from leadline.errors import LeadlineError, one_line
 from leadline.store.files import replacing
+from leadline.store.places import Place
 
 ROWS = 65536  # of a row group: the points that are in memory together when tables are combined
 
 
-def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], metadata: dict[str, str]) -> None:
+def write_table(path: Place, schema: pa.Schema, tables: Iterable[pa.Table], metadata: dict[str, str]) -> None:
     """Write tables one after another, a row group each at least, and rename the file when it is whole.
 
     metadata (fingerprints) goes into the file's schema. Pages carry checksums.
@@ -26,17 +27,18 @@ def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], metad
             writer.write_table(table.cast(schema), row_group_size=ROWS)
 
 
-def open_table(path: Path) -> pq.ParquetFile:
+def open_table(path: Place) -> pq.ParquetFile:
     """Raises LeadlineError for a file that is not there or is no Parquet."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        source = path if isinstance(path, Path) else path.open("rb")
+        return pq.ParquetFile(source, page_checksum_verification=True)
     except FileNotFoundError:
         raise LeadlineError(f"{path}: not there; run the same command again to make it") from None
     except (OSError, pa.ArrowException) as error:
         raise damaged(path, error) from None
 
 
-def read_table(path: Path, row_group: int | None = None) -> pa.Table:
+def read_table(path: Place, row_group: int | None = None) -> pa.Table:
     """A whole table or one of its row groups. Raises LeadlineError for a file that is not there or is damaged."""
     with open_table(path) as file:
         try:
@@ -45,5 +47,5 @@ def read_table(path: Path, row_group: int | None = None) -> pa.Table:
             raise damaged(path, error) from None
 
 
-def damaged(path: Path, error: Exception) -> LeadlineError:
+def damaged(path: Place, error: Exception) -> LeadlineError:
     return LeadlineError(f"{path}: damaged ({one_line(error)}); delete it and run the same command again")

@@ -1,7 +1,6 @@
 """Is a run what it says it is? Files against their digests, tables against each other, depths against votes."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.store.directory import RunDirectory
 from leadline.store.files import digest
+from leadline.store.places import Place
 from leadline.store.schemas import (
     AUDIT_FIELDS,
     DEPTHS,
@@ -47,7 +47,7 @@ def verify(directory: RunDirectory) -> list[str]:
 
 
 def _file_faults(directory: RunDirectory, digests: dict[str, str]) -> Iterator[str]:
-    there = {str(path.relative_to(directory.root)) for path in directory.root.rglob("*.parquet")}
+    there = {directory.inside(path) for path in directory.root.rglob("*.parquet")}
     for name in sorted(there - digests.keys()):
         yield f"{directory.root / name}: not a file of this run; remove it"
     for name, expected in sorted(digests.items()):
@@ -87,7 +87,7 @@ def _table_faults(directory: RunDirectory, manifest: dict[str, Any]) -> Iterator
             yield from total.faults(directory.table("ensemble"), architecture, part)
 
 
-def _schema_faults(path: Path, schema: pa.Schema, manifest: dict[str, Any]) -> Iterator[str]:
+def _schema_faults(path: Place, schema: pa.Schema, manifest: dict[str, Any]) -> Iterator[str]:
     with open_table(path) as file:
         found: pq.FileMetaData = file.schema_arrow
     if not found.equals(schema):
@@ -99,7 +99,7 @@ def _schema_faults(path: Path, schema: pa.Schema, manifest: dict[str, Any]) -> I
             yield f"{path}: made from another {stamp} than the manifest's"
 
 
-def _id_faults(path: Path, table: pa.Table, n_points: int) -> Iterator[str]:
+def _id_faults(path: Place, table: pa.Table, n_points: int) -> Iterator[str]:
     if not np.array_equal(table["point_id"].to_numpy(), np.arange(n_points)):
         yield f"{path}: its ids are not 0 to {n_points - 1}, each once and in order"
 
@@ -180,7 +180,7 @@ def _computed(lists: pa.ChunkedArray, n_probes: int) -> Array:
     return np.asarray(valid.to_numpy(zero_copy_only=False)).reshape(-1, n_probes)
 
 
-def _vote_faults(path: Path, votes: dict[str, Array], computed: Array, k: int) -> Iterator[str]:
+def _vote_faults(path: Place, votes: dict[str, Array], computed: Array, k: int) -> Iterator[str]:
     most, second = votes["winner_votes"], votes["runner_up_votes"]
     wrong = (
         (most < 1)
@@ -194,7 +194,7 @@ def _vote_faults(path: Path, votes: dict[str, Array], computed: Array, k: int) -
         yield f"{path}: the votes of point {int(impossible.argmax())} cannot be counts of {k} neighbours"
 
 
-def _null_faults(path: Path, computed: dict[str, Array], expected: Array) -> Iterator[str]:
+def _null_faults(path: Place, computed: dict[str, Array], expected: Array) -> Iterator[str]:
     for field, there in computed.items():
         wrong = (there != expected).any(axis=1)
         if wrong.any():
@@ -215,7 +215,7 @@ class _Sums:
             self.depth[side] += depth * where
             self.error[side] += error * where
 
-    def faults(self, path: Path, architecture: str, table: pa.Table) -> Iterator[str]:
+    def faults(self, path: Place, architecture: str, table: pa.Table) -> Iterator[str]:
         for side, name in enumerate(("training", "held_out")):
             with np.errstate(invalid="ignore"):
                 means, errors = self.depth[side] / self.count[side], self.error[side] / self.count[side]
