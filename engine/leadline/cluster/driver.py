@@ -20,10 +20,11 @@ import torch
 from rich.console import Console
 
 from leadline.cluster.graph import STAGES, Graph
-from leadline.cluster.pool import Done, Failure, Pool, connected
+from leadline.cluster.pool import Ended, Failure, Pool, connected, lost
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
+from leadline.cluster.watch import Watch, watched
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -71,7 +72,7 @@ def run(
         return open_run(directory.root)
     sweep(directory.root)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
-    with Stages(Console(stderr=True)) as stages:
+    with Stages(Console(stderr=True)) as stages, watched(directory, config.name, stages) as watch:
         stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
@@ -80,7 +81,7 @@ def run(
                 config, members, probes, bank_of_all(config, points.parts), len(points),
                 len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
-            _compute(graph, directory, pool, is_local, stages)
+            _compute(graph, directory, pool, is_local, watch)
         if not train_only:
             directory.free_scratch()
             _combine(directory, members, points, config, stamps)
@@ -159,7 +160,7 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
     write_table(directory.table("points"), POINTS, tables(), stamps)
 
 
-def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, stages: Stages) -> None:
+def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, watch: Watch) -> None:
     """Train, embed, vote and reduce what is not there from an earlier try.
 
     Raises LeadlineError that names the units that were set aside, when all else is done.
@@ -167,6 +168,7 @@ def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, 
     reduced = [m for m in graph.members if directory.record("reduce", m.name).exists()]
     waiting = [m for m in graph.members if m not in reduced]
     groups = [waiting[first:stop] for first, stop in blocks(len(waiting), graph.config.engine.group_size)]
+    stages = watch.stages
     totals = sum((graph.totals(group) for group in groups), Counter(train=len(reduced), reduce=len(reduced)))
     for stage, measure in STAGES.items():
         if totals[stage]:
@@ -175,7 +177,7 @@ def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, 
         stages.found(stage, len(reduced))
     keep = graph.config.engine.keep_indexes
     with _scratch(graph, directory, groups, is_local, stages) as (placed, room):
-        failures = _do(graph, placed, groups, room, pool, stages)
+        failures = _do(graph, placed, groups, room, pool, watch)
         # Also of members that an earlier try had reduced when it was killed.
         for member in reduced:
             placed.free_member(member.name, keep_indexes=keep)
@@ -189,7 +191,7 @@ def _compute(graph: Graph, directory: RunDirectory, pool: Pool, is_local: bool, 
 
 
 def _do(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int, pool: Pool, stages: Stages
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int, pool: Pool, watch: Watch
 ) -> list[Failure]:
     """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least."""
     schedule, waiting, taken = Schedule(), deque(enumerate(groups)), dict[int, int]()
@@ -205,20 +207,22 @@ def _do(
             waiting.popleft()
             units = graph.units(number, group, directory)
             for stage, there in (graph.totals(group) - Counter(unit.stage for unit in units)).items():
-                stages.found(stage, there)
-            schedule.add(units)
+                watch.stages.found(stage, there)
+            for unit in schedule.add(units):
+                watch.ended(unit, lost("needs what an earlier unit, that was set aside, would have made"))
             if units:
                 taken[number] = size
 
-    def done(unit: Unit, result: Done) -> None:
-        stages.advance(unit.stage, *result)
-        if unit.stage == "reduce":
+    def ended(unit: Unit, end: Ended) -> None:
+        is_done = end.state == "done"
+        watch.ended(unit, end, _written_bytes(graph, unit) if is_done else 0)
+        if unit.stage == "reduce" and is_done:
             _, member = unit.arguments
             directory.free_member(member.name, keep_indexes=graph.config.engine.keep_indexes)
         take_in()
 
     take_in()
-    return pool.run(schedule, lambda unit: stages.begin(unit.stage), done)
+    return pool.run(schedule, watch.began, ended)
 
 
 def _told(failures: list[Failure]) -> str:
@@ -264,6 +268,19 @@ def _embedding_bytes(graph: Graph, group: list[Member]) -> int:
     """Of a group of members, with the input, which is kept once for all."""
     probes = graph.probes[group[0].architecture][:1] + [p for m in group for p in graph.probes[m.architecture][1:]]
     return 4 * graph.points * sum(stored_width(probe) for probe in probes)
+
+
+def _written_bytes(graph: Graph, unit: Unit) -> int:
+    """Of embeddings, by a unit that is done."""
+    if unit.stage != "embed":
+        return 0
+    _, members, shard = unit.arguments
+    first, stop = shard_edges(graph.config, graph.points)[shard]
+    probes = [probe for member in members for probe in graph.probes[member.architecture][1:]]
+    if ("input", unit.group) in unit.makes:
+        probes += graph.probes[graph.members[0].architecture][:1]
+    width = sum(stored_width(probe) for probe in probes)
+    return 4 * int(stop - first) * width
 
 
 def _free_memory(place: Path) -> int:

@@ -1,6 +1,7 @@
 """Actors that do units: started, fed, replaced when they die."""
 
 import os
+import resource
 import socket
 import sys
 import time
@@ -24,10 +25,45 @@ OBJECT_STORE = 80 << 20  # bytes: nothing but small records passes through it; R
 
 
 class Done(NamedTuple):
-    """Of a unit: its work, in its stage's measure, and the seconds that it took its actor."""
+    """Of a unit: its work, in its stage's measure, the seconds that it took its actor, and the most bytes that this
+    actor ever had resident, mapped files among them.
+    """
 
     work: int
     seconds: float
+    peak_memory: int
+
+
+class Place(NamedTuple):
+    """Where an actor is: Ray's id of its node, the host's name, its process."""
+
+    node: str
+    host: str
+    pid: int
+
+
+class Ended(NamedTuple):
+    """How a try of a unit ended.
+
+    state: "done"; "again", it is tried once more; "divided", its `instead` take its place; or "set_aside". place:
+    whose it was, None for a unit that is set aside because it needs what another would have made. began, ended: from
+    where it was given to the actor to where the answer came, seconds since 1970 by the driver's clock. tries: of this
+    unit so far. done: None unless it is. died: the actor is lost.
+    """
+
+    state: str
+    place: Place | None
+    began: float
+    ended: float
+    tries: int
+    done: Done | None = None
+    error: str | None = None
+    died: bool = False
+
+
+def lost(error: str) -> Ended:
+    """Of a unit that is set aside untried."""
+    return Ended("set_aside", None, now := time.time(), now, 0, error=error)
 
 
 @contextmanager
@@ -64,10 +100,17 @@ def _knock(address: str) -> None:
 
 @dataclass(eq=False)
 class _Worker:
-    """warm: what it has ready for the next unit, from the last one."""
+    """warm: what it has ready for the next unit, from the last one; place: from when it answers on; began: its unit."""
 
     actor: Any
     warm: Thing | None = None
+    place: Place | None = None
+    began: float = 0.0
+
+    def ended(
+        self, state: str, tries: int, done: Done | None = None, error: str | None = None, died: bool = False
+    ) -> Ended:
+        return Ended(state, self.place, self.began, time.time(), tries, done, error, died)
 
 
 @dataclass(frozen=True)
@@ -96,9 +139,9 @@ class Pool:
             self._start()
 
     def run(
-        self, schedule: Schedule, began: Callable[[Unit], None], done: Callable[[Unit, Done], None]
+        self, schedule: Schedule, began: Callable[[Unit, Place, float], None], ended: Callable[[Unit, Ended], None]
     ) -> list[Failure]:
-        """Do all units of a schedule, to which `done` may add others. Returns those that were set aside.
+        """Do all units of a schedule, to which `ended` may add others. Returns those that were set aside.
 
         A unit whose actor dies is done by another, and one that raises is tried again, TRIES times in all; what is the
         user's to mend (LeadlineError) is not tried again. Whoever needs nothing of a unit that fails goes on.
@@ -109,6 +152,7 @@ class Pool:
             self._feed(schedule, began)
             (ready,), _ = ray.wait(list(self._busy), num_returns=1)
             worker, unit = self._busy.pop(ready)
+            died = False
             try:
                 result = ray.get(ready)
             except RayTaskError as error:
@@ -117,6 +161,7 @@ class Pool:
                 text, trace = (str(error.cause), "") if final else (one_line(error.cause), str(error))
             except RayError as error:
                 self._deaths += 1
+                died = True
                 self._start()
                 final, text, trace = False, f"its worker died ({one_line(error)})", ""
                 if self._deaths > TRIES * self._count():
@@ -124,25 +169,33 @@ class Pool:
             else:
                 self._deaths = 0
                 self._idle.append(worker)
-                if unit is not None:
+                if unit is None:
+                    worker.place = result
+                else:
                     schedule.done(unit)
-                    tries.pop(unit, None)
-                    done(unit, result)
+                    ended(unit, worker.ended("done", tries.pop(unit, 0) + 1, result))
                 continue
             if unit is None:
                 continue
             tries[unit] = tries.get(unit, 0) + 1
             if not final and tries[unit] < TRIES:
                 schedule.again(unit)
+                ended(unit, worker.ended("again", tries[unit], error=text, died=died))
                 continue
             if not final:
                 text += f", {TRIES} times; {MEND}"
             set_aside = schedule.fail(unit)
+            state = "set_aside" if set_aside else "divided"
+            end = worker.ended(state, tries.pop(unit), error=text, died=died)
             if set_aside:
                 failures.append(Failure(unit.name, text, trace, len(set_aside) - 1))
+            ended(unit, end)
+            for other in set_aside:
+                if other is not unit:
+                    ended(other, lost(f"needs what {unit.name} makes"))
         return failures
 
-    def _feed(self, schedule: Schedule, began: Callable[[Unit], None]) -> None:
+    def _feed(self, schedule: Schedule, began: Callable[[Unit, Place, float], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
         for worker in list(self._idle):
             held = [other.warm for other, unit in self._busy.values() if unit is not None and other.warm is not None]
@@ -150,8 +203,9 @@ class Pool:
             if unit is None:
                 return
             self._idle.remove(worker)
-            worker.warm = unit.warm
-            began(unit)
+            worker.warm, worker.began = unit.warm, time.time()
+            assert worker.place is not None  # it has answered
+            began(unit, worker.place, worker.began)
             self._busy[worker.actor.do.remote(unit.stage, unit.arguments)] = (worker, unit)
 
     def _start(self) -> None:
@@ -183,11 +237,14 @@ class _Actor(Bench):
         sys.path.extend(path for path in search_path if path not in sys.path)
         super().__init__(*bench)
 
-    def ready(self) -> None:
+    def ready(self) -> Place:
         """Answers when the actor can do units."""
+        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
 
     def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
         """Do a unit: a method of Bench, which returns its work."""
         started = time.perf_counter()
         work = getattr(self, stage)(*arguments)
-        return Done(work, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return Done(work, seconds, peak if sys.platform == "darwin" else peak << 10)  # bytes there, KiB elsewhere
