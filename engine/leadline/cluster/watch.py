@@ -12,7 +12,7 @@ from leadline.cluster.pool import Ended, Place
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Unit
 from leadline.store import RunDirectory
-from leadline.store.log import session_log
+from leadline.store.log import FAILED, session_log
 
 KEPT = 20  # failures that the session's record quotes, the latest; the log has all
 
@@ -46,7 +46,7 @@ class Watch:
             parts = len(unit.instead) if end.state == "divided" else 0
             self.stages.fail(unit.stage, end.state, parts)
             if end.state != "set_aside":  # those are told at the end
-                self.stages.say(f"{unit.name}: {end.state}: {end.error}")
+                self.stages.say(f"{unit.name}: {FAILED[end.state]}: {end.error}")
         self._metrics.ended(unit.stage, measure, end, bytes_written)
         record = {
             "unit": unit.name,

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leadline.store import RunDirectory
-from leadline.store.log import ended_units, sessions
+from leadline.store.log import FAILED, ended_units, sessions
 
 WINDOW = 300.0  # seconds over which rates are told while a run goes on
 SILENT = 60.0  # seconds without a sign of life, after which a driver is taken for dead; it gives one every 5
@@ -120,7 +120,7 @@ def as_text(status: Record) -> RenderableType:
     if status["workers"]:
         parts.append(_worker_table(status["workers"], time.time()))
     for failure in status["failures"]:
-        said = f"{_clock(failure['ended'])}  {failure['unit']}: {_state_word(failure['state'])}: {failure['error']}"
+        said = f"{_clock(failure['ended'])}  {failure['unit']}: {FAILED[failure['state']]}: {failure['error']}"
         parts.append(_plain(said))
     return Group(*parts)
 
@@ -171,10 +171,6 @@ def _worker_table(workers: list[Record], now: float) -> Table:
     if len(workers) > SHOWN:
         drawn.caption = f"and {len(workers) - SHOWN} others, of less memory"
     return drawn
-
-
-def _state_word(state: str) -> str:
-    return {"again": "tried again", "divided": "done in parts", "set_aside": "set aside"}[state]
 
 
 def _plain(text: str) -> Text:

@@ -9,13 +9,14 @@ import altair as alt
 from leadline.errors import LeadlineError
 from leadline.store import RunDirectory
 from leadline.store.files import replacing
-from leadline.store.log import ended_units, sessions
+from leadline.store.log import FAILED, ended_units, sessions
 
 WIDTH = 1000  # pixels of the time axis; nothing narrower than one of them is drawn by itself
 HEIGHT = 700  # pixels of all rows, where they are many
 ROW = (4, 18)  # pixels of a row: at least, at most
 UNITS = ((180.0, 1.0, "seconds"), (10800.0, 60.0, "minutes"), (float("inf"), 3600.0, "hours"))
-FAILED = {"again": "tried again", "divided": "done in parts", "set_aside": "set aside"}
+# Of stages, in their order; no red, which says that something failed.
+COLOURS = ("#4c78a8", "#f58518", "#eeca3b", "#9d755d", "#8ca0cb", "#72b7b2", "#b279a2", "#bab0ac", "#54a24b")
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 
 Record = dict[str, Any]
@@ -25,6 +26,7 @@ Record = dict[str, Any]
 class Bar:
     """Units of one worker that are drawn as one: seconds from the picture's left to its ends, and seconds by stage."""
 
+    session: int
     worker: str
     start: float
     stop: float
@@ -64,7 +66,7 @@ def draw_timeline(directory: RunDirectory, path: Path) -> None:
         total += session["last"] - session["began"]
         begins.append(total)
     bars, failures = _bars(directory, logged, begins, total / WIDTH)
-    if not bars and not failures:
+    if not bars:
         raise LeadlineError(f"{directory.root}: no unit was logged; wait until one is done, or run it again")
     stages = list(dict.fromkeys(stage for session in logged for stage in session["stages"]))
     chart = _chart(manifest["name"], bars, failures, begins[1:-1], total, stages)
@@ -80,8 +82,8 @@ def _bars(
 ) -> tuple[list[Bar], list[Record]]:
     """What is drawn: bars, and tries that failed at a worker."""
     closed: list[Bar] = []
-    failures: list[Record] = []
-    for number, (session, begin) in enumerate(zip(logged, begins, strict=False), 1):
+    failures: dict[tuple[str, str, int], Record] = {}  # one for each worker, kind and pixel
+    for number, (session, begin) in enumerate(zip(logged, begins[:-1], strict=True), 1):
         open_bars: dict[str, Bar] = {}
         for unit in ended_units(directory, session["session"]):
             if unit["pid"] is None:
@@ -90,19 +92,20 @@ def _bars(
             start, stop = (begin + unit[key] - session["began"] for key in ("began", "ended"))
             bar = open_bars.get(worker)
             if bar is None or not bar.takes(unit["stage"], start, stop, pixel):
-                bar = open_bars[worker] = Bar(worker, start, stop)
+                bar = open_bars[worker] = Bar(number, worker, start, stop)
                 closed.append(bar)
             bar.add(unit["stage"], start, stop)
             if unit["state"] != "done":
-                failures.append({"worker": worker, "at": stop, "what": FAILED[unit["state"]]})
-    return closed, failures
+                what = FAILED[unit["state"]]
+                failures[worker, what, int(stop / pixel)] = {"worker": worker, "at": stop, "what": what}
+    return closed, list(failures.values())
 
 
 def _chart(
     name: str, bars: list[Bar], failures: list[Record], begins: list[float], total: float, stages: list[str]
 ) -> alt.LayerChart:
     divisor, unit = next((divisor, unit) for below, divisor, unit in UNITS if total < below)
-    workers = list(dict.fromkeys(bar.worker for bar in bars))
+    workers = list(dict.fromkeys(bar.worker for bar in sorted(bars, key=lambda bar: (bar.session, bar.worker))))
     step = min(max(HEIGHT // max(len(workers), 1), ROW[0]), ROW[1])
     rows = [
         {"worker": bar.worker, "start": bar.start / divisor, "stop": bar.stop / divisor, "stage": bar.stage}
@@ -110,7 +113,7 @@ def _chart(
     ]
     time = alt.X("start:Q", title=unit, scale=alt.Scale(domain=[0, total / divisor], nice=False))
     worker = alt.Y("worker:N", sort=workers, title=None, axis=alt.Axis(labelOverlap=True, ticks=False))
-    colour = alt.Color("stage:N", sort=stages, scale=alt.Scale(domain=stages, scheme="tableau10"), title="stage")
+    colour = alt.Color("stage:N", scale=alt.Scale(domain=stages, range=COLOURS), title="stage")
     layers: list[alt.Chart] = [
         alt.Chart(alt.InlineData(rows)).mark_bar(height={"band": 0.8}).encode(x=time, x2="stop", y=worker, color=colour)
     ]
@@ -120,13 +123,14 @@ def _chart(
     if failures:
         marks = [{**failure, "start": failure["at"] / divisor} for failure in failures]
         failed = alt.Color(
-            "what:N", scale=alt.Scale(domain=list(FAILED.values()), range=["#000", "#777", "#d00"]), title="failed"
+            "what:N", scale=alt.Scale(domain=list(FAILED.values()), range=["#000", "#888", "#d00"]), title="failed"
         )
         layers.append(
             alt.Chart(alt.InlineData(marks))
             .mark_point(shape=CROSS, size=step * 3, strokeWidth=2, opacity=1)
             .encode(x="start:Q", y=worker, color=failed)
         )
-    title = f"{name}: {sum(bar.units for bar in bars):,} units, {len(workers)} workers, {len(begins) + 1} sessions"
+    counts = ((sum(bar.units for bar in bars), "unit"), (len(workers), "worker"), (len(begins) + 1, "session"))
+    said = ", ".join(f"{number:,} {word}" + "s" * (number != 1) for number, word in counts)
     chart: alt.LayerChart = alt.layer(*layers).resolve_scale(color="independent").configure_view(stroke="#ddd")
-    return chart.properties(width=WIDTH, height=alt.Step(step), title=title)
+    return chart.properties(width=WIDTH, height=alt.Step(step), title=f"{name}: {said}")

@@ -22,6 +22,8 @@ from leadline.store.directory import RunDirectory
 from leadline.store.files import read_json, replacing, write_json
 
 SECONDS = 5.0  # between two signs of life
+# How a try of a unit may fail, and in what words that is told.
+FAILED = {"again": "tried again", "divided": "done in parts", "set_aside": "set aside"}
 Record = dict[str, Any]
 
 
@@ -99,6 +101,9 @@ def _last(path: Path) -> float:
 
 def _units(path: Path) -> list[Record]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        units = [json.loads(line) for line in path.read_text().splitlines()]
+        if not units:
+            raise ValueError("it is empty")
+        return units
     except (OSError, ValueError) as error:
         raise LeadlineError(f"{path}: damaged ({error}); delete it: nothing but the log is lost") from None
