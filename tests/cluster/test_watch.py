@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_runs import descendants, free_port
 from safetensors.torch import load_file, save_file
+from test_runs import descendants, free_port
 from tiny import TINY
 
 from leadline.report import status
