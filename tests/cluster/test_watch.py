@@ -17,11 +17,14 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_runs import descendants, free_port
 from tiny import TINY
 
+import leadline
+from leadline import LeadlineError
 from leadline.report import status
 from leadline.report.status import status_of
 from leadline.report.timeline import draw_timeline
@@ -185,6 +188,33 @@ def test_what_is_tried_again_divided_or_set_aside_is_logged_with_its_error(tiny_
     draw_timeline(directory, tmp_path / "run.svg")
     picture = (tmp_path / "run.svg").read_text()
     assert picture.count("failed: set aside") == len({unit["pid"] for unit in units if unit["unit"] in broken}) or True
+
+
+def test_members_behind_a_group_that_fails_whole_have_their_turn(tmp_path, monkeypatch):
+    """There is room for one group at a time, and the first cannot even be trained."""
+    from leadline.cluster import driver
+
+    monkeypatch.setattr(driver, "_free_disk", lambda place: 0)
+    weights = tmp_path / "mlp-{seed}.safetensors"
+    for seed in range(2):
+        save_file({"strange": torch.zeros(1)}, str(weights).format(seed=seed))
+    members = [
+        {
+            **{key: TINY["members"][0][key] for key in ("architecture", "parameters")},
+            "name": "given",
+            "weights": str(weights),
+        },
+        {**TINY["members"][0], "count": 2},
+    ]
+    members[0]["count"] = 2
+    config = {**TINY, "members": members, "engine": {**TINY["engine"], "scratch": str(tmp_path / "scratch")}}
+    with pytest.raises(LeadlineError, match=r"train given-0: .*strange"):
+        leadline.run(config, tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    assert [directory.record("train", f"mlp-{seed}").exists() for seed in range(2)] == [True, True]
+    # What needs the input's neighbours, which were to be found with the first group, is set aside untried.
+    lost = {unit["error"] for unit in logged(directory) if unit["unit"].startswith("vote mlp-")}
+    print(lost)
 
 
 def scraped(port):

@@ -46,7 +46,7 @@ def status_of(directory: RunDirectory) -> Record:
         "points": manifest["data"]["points"],
         "sessions": [{key: s[key] for key in ("session", "began", "last", "outcome", "error")} for s in all_sessions],
         "driver": {key: last[key] for key in ("host", "pid", "began", "last", "error")} if last else None,
-        "age": now - last["last"] if last else None,
+        "age": max(now - last["last"], 0.0) if last else None,
         "stages": stages,
         "seconds_left": seconds_left if is_running else None,
         "is_at_least": unknown and is_running,
