@@ -114,7 +114,14 @@ def test_wrong_words_on_the_command_line_are_refused(refused):
 
 
 def test_a_folder_without_a_run_is_refused(refused, tmp_path):
-    for command in (["show"], ["verify"], ["hardest"], ["query", "SELECT 1"]):
+    for command in (
+        ["show"],
+        ["verify"],
+        ["hardest"],
+        ["query", "SELECT 1"],
+        ["status"],
+        ["timeline", "-o", "run.svg"],
+    ):
         assert "no run here" in refused(command[0], tmp_path, *command[1:])
     (tmp_path / "mine.txt").write_text("dear")
     assert "not empty" in refused("run", "digits", "--out", tmp_path)
@@ -264,6 +271,22 @@ def test_show_prints_what_the_tables_hold(leadline, tiny_run):
     unsettled = tiny_run.sql("SELECT count(*) FROM depths WHERE unsettled")[0][0].as_py()
     code, settled, _ = leadline("show", tiny_run.directory.root, "--settled-only")
     assert code == 0 and unsettled > 0 and settled != out
+
+
+def test_the_status_of_a_run_is_printed(leadline, tiny_run):
+    code, out, _ = leadline("status", tiny_run.directory.root)
+    assert code == 0 and "tiny: complete, 1,797 points" in out and "72/72" in out
+    watched = leadline("status", tiny_run.directory.root, "--watch")
+    assert watched == (0, out, "")  # it has ended
+    code, out, _ = leadline("status", tiny_run.directory.root, "--json")
+    (line,) = out.splitlines()
+    assert code == 0 and json.loads(line)["stages"]["vote"]["done"] == 72
+
+
+def test_the_timeline_of_a_run_is_drawn(leadline, refused, tiny_run, tmp_path):
+    assert leadline("timeline", tiny_run.directory.root, "-o", tmp_path / "run.svg") == (0, "", "")
+    assert "tiny: 100 units, 2 workers, 1 session" in (tmp_path / "run.svg").read_text()
+    assert "run.pdf is no picture" in refused("timeline", tiny_run.directory.root, "-o", tmp_path / "run.pdf")
 
 
 def test_probes_are_printed_with_their_widths(leadline, refused):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,44 @@ def show(run: RunPath, settled_only: SettledOnly = False) -> None:
     from leadline.report import print_summary
 
     print_summary(leadline.open(run), _console(), settled_only)
+
+
+@app.command()
+def status(
+    run: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", help="go on until the run's driver has ended")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object a line")] = False,
+) -> None:
+    """Tell how far a run is, who works on it, and what failed, from its own records: it needs no Ray."""
+    from rich.live import Live
+
+    from leadline.report.status import as_text, follow, status_of
+    from leadline.store import RunDirectory
+    from leadline.store.places import place_of
+
+    directory = RunDirectory(place_of(run))
+    told = follow(directory) if watch else iter([status_of(directory)])
+    with suppress(KeyboardInterrupt):  # it only looked on
+        if as_json:
+            for one in told:
+                print(json.dumps(one), flush=True)
+            return
+        with Live(console=_console(), auto_refresh=False) as live:
+            for one in told:
+                live.update(as_text(one), refresh=True)
+
+
+@app.command()
+def timeline(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="a picture, .svg or .png")],
+) -> None:
+    """Draw which worker did what when, with what failed."""
+    from leadline.report.timeline import draw_timeline
+    from leadline.store import RunDirectory
+    from leadline.store.places import place_of
+
+    draw_timeline(RunDirectory(place_of(run)), out)
 
 
 @app.command()

@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 
 from leadline.cluster.graph import STAGES, Graph
-from leadline.cluster.pool import MEMORY, Done, Failure, Pool, Scratch, connected
+from leadline.cluster.pool import MEMORY, Ended, Failure, Place, Pool, Scratch, connected, untried
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
+from leadline.cluster.watch import Watch, watched
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -75,7 +76,11 @@ def run(
     if directory.status(manifest) == "complete":
         return Run(directory)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
-    with Stages(Console(stderr=True)) as stages, Lease(directory, stages.say) as lease:
+    with (
+        Stages(Console(stderr=True)) as stages,
+        Lease(directory, stages.say) as lease,
+        watched(directory, config.name, stages) as watch,
+    ):
         if directory.begin(manifest):
             return Run(directory)  # another driver was faster
         sweep(directory.root)
@@ -86,7 +91,7 @@ def run(
                 config, members, probes, bank_of_all(config, points.parts), bank_rows, len(points),
                 len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
             )  # fmt: skip
-            _compute(graph, directory, (config, stamps), is_local, stages, lease)
+            _compute(graph, directory, (config, stamps), is_local, watch, lease)
         if not train_only:
             lease.check()
             directory.free_scratch()
@@ -161,7 +166,7 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
 
 
 def _compute(
-    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, stages: Stages, lease: Lease
+    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, watch: Watch, lease: Lease
 ) -> None:  # fmt: skip
     """Train, embed, vote and reduce what is not there from an earlier try.
 
@@ -171,6 +176,7 @@ def _compute(
     reduced = [m for m in graph.members if directory.record("reduce", m.name).exists()]
     waiting = [m for m in graph.members if m not in reduced]
     groups = [waiting[first:stop] for first, stop in blocks(len(waiting), engine.group_size)]
+    stages = watch.stages
     totals = sum((graph.totals(group) for group in groups), Counter(train=len(reduced), reduce=len(reduced)))
     for stage, measure in STAGES.items():
         if totals[stage]:
@@ -179,7 +185,7 @@ def _compute(
         stages.found(stage, len(reduced))
     with _scratch(graph, directory, groups, is_local, stages, lease) as (placed, room, scratch):
         pool = Pool(engine, bench, scratch, is_local, stages.say)
-        failures = _do(graph, placed, groups, room, pool, stages, lease)
+        failures = _do(graph, placed, groups, room, pool, watch, lease)
         lease.check()
         pool.close()
         # Also of members that an earlier try had reduced when it was killed.
@@ -195,7 +201,7 @@ def _compute(
 
 
 def _do(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, stages: Stages,
+    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, watch: Watch,
     lease: Lease,
 ) -> list[Failure]:  # fmt: skip
     """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least.
@@ -208,8 +214,9 @@ def _do(
         units = graph.units(number, groups[number], directory)
         there = graph.totals(groups[number]) - Counter(unit.stage for unit in units)
         for stage, units_there in there.items() if number not in taken else ():
-            stages.found(stage, units_there)
-        schedule.add(units)
+            watch.stages.found(stage, units_there)
+        for unit in schedule.add(units):
+            watch.ended(unit, untried("needs what an earlier unit, that was set aside, would have made"))
         if units:
             taken[number] = _embedding_bytes(graph, groups[number])
 
@@ -225,24 +232,24 @@ def _do(
             waiting.popleft()
             add(number)
 
-    def began(unit: Unit) -> None:
+    def began(unit: Unit, place: Place, at: float) -> None:
         lease.check()
-        if unit.stage in STAGES:
-            stages.begin(unit.stage)
+        watch.began(unit, place, at)
 
-    def done(unit: Unit, result: Done) -> None:
+    def ended(unit: Unit, end: Ended) -> None:
         lease.check()
-        if unit.stage in STAGES:
-            stages.advance(unit.stage, *result)
+        watch.ended(unit, end, _written_bytes(graph, unit) if end.state == "done" else 0)
         take_in()
 
     def lost(number: int) -> None:
-        stages.say(f"embeddings of {', '.join(m.name for m in groups[number])} are lost with their place: made again")
+        watch.stages.say(
+            f"embeddings of {', '.join(m.name for m in groups[number])} are lost with their place: made again"
+        )
         schedule.drop(number)
         add(number)
 
     take_in()
-    return pool.run(schedule, began, done, lost)
+    return pool.run(schedule, began, ended, lost)
 
 
 def _told(failures: list[Failure]) -> str:
@@ -302,6 +309,19 @@ def _embedding_bytes(graph: Graph, group: list[Member]) -> int:
     """Of a group of members, with the input, which is kept once for all."""
     probes = graph.probes[group[0].architecture][:1] + [p for m in group for p in graph.probes[m.architecture][1:]]
     return 4 * graph.points * sum(stored_width(probe) for probe in probes)
+
+
+def _written_bytes(graph: Graph, unit: Unit) -> int:
+    """Of embeddings, by a unit that is done."""
+    if unit.stage != "embed":
+        return 0
+    _, members, shard = unit.arguments
+    first, stop = shard_edges(graph.config, graph.points)[shard]
+    probes = [probe for member in members for probe in graph.probes[member.architecture][1:]]
+    if ("input", unit.group) in unit.makes:
+        probes += graph.probes[graph.members[0].architecture][:1]
+    width = sum(stored_width(probe) for probe in probes)
+    return 4 * int(stop - first) * width
 
 
 def _free_memory(place: Path) -> int:

@@ -17,6 +17,7 @@ from leadline.store.files import read_json
 STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
     "part": "points", "vote": "votes", "audit": "points", "reduce": "points",
+    "free": "members",
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class Graph:
         total = Counter({"train": len(members)})
         if self.train_only:
             return total
-        total.update(embed=self.shards, reduce=len(members))
+        total.update(embed=self.shards, reduce=len(members), free=len(members))
         for member in members:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks

@@ -1,6 +1,7 @@
 """Actors that do units: started, fed, replaced when they die."""
 
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -31,10 +32,45 @@ OBJECT_STORE = 80 << 20  # bytes: nothing but small records passes through it; R
 
 
 class Done(NamedTuple):
-    """Of a unit: its work, in its stage's measure, and the seconds that it took its actor."""
+    """Of a unit: its work, in its stage's measure, the seconds that it took its actor, and the most bytes that this
+    actor ever had resident, mapped files among them.
+    """
 
     work: int
     seconds: float
+    peak_memory: int
+
+
+class Place(NamedTuple):
+    """Where an actor is: Ray's id of its node, the host's name, its process."""
+
+    node: str
+    host: str
+    pid: int
+
+
+class Ended(NamedTuple):
+    """How a try of a unit ended.
+
+    state: "done"; "again", it is tried once more; "divided", its `instead` take its place; or "set_aside". place:
+    whose it was, None for a unit that is set aside because it needs what another would have made. began, ended: from
+    where it was given to the actor to where the answer came, seconds since 1970 by the driver's clock. tries: of this
+    unit so far. done: None unless it is. died: the actor is lost.
+    """
+
+    state: str
+    place: Place | None
+    began: float
+    ended: float
+    tries: int
+    done: Done | None = None
+    error: str | None = None
+    died: bool = False
+
+
+def untried(error: str) -> Ended:
+    """Of a unit that is set aside untried."""
+    return Ended("set_aside", None, now := time.time(), now, 0, error=error)
 
 
 @contextmanager
@@ -104,20 +140,30 @@ def _free(folder: Path) -> int:
 
 
 class Ready(NamedTuple):
-    """What a worker says when it can do units: where its scratch is at home, and the bytes that are free there."""
+    """What a worker says when it can do units.
 
-    place: str
+    home: of the groups whose embeddings it can see; folder, free: of its scratch, and the bytes that are free there.
+    """
+
+    place: Place
+    home: str
     folder: str
     free: int
 
 
 @dataclass(eq=False)
 class _Worker:
-    """warm: what it has ready for the next unit, from the last one; ready: None until it has answered."""
+    """warm: what it has ready for the next unit, from the last one; ready: None until it answers; began: its unit."""
 
     actor: Any
     ready: Ready | None = None
     warm: Thing | None = None
+    began: float = 0.0
+
+    def ended(self, state: str, tries: int, done: Done | None = None, trouble: "_Trouble | None" = None) -> Ended:
+        place = self.ready.place if self.ready else None
+        error, died = (trouble.text, trouble.is_death) if trouble else (None, False)
+        return Ended(state, place, self.began, time.time(), tries, done, error, died)
 
 
 @dataclass(frozen=True)
@@ -148,10 +194,10 @@ class Pool:
             self._start()
 
     def run(
-        self, schedule: Schedule, began: Callable[[Unit], None], done: Callable[[Unit, Done], None],
+        self, schedule: Schedule, began: Callable[[Unit, Place, float], None], ended: Callable[[Unit, Ended], None],
         lost: Callable[[int], None],
     ) -> list[Failure]:  # fmt: skip
-        """Do all units of a schedule, to which `done` may add others. Returns those that were set aside.
+        """Do all units of a schedule, to which `ended` may add others. Returns those that were set aside.
 
         A unit whose actor dies is done by another, and one that raises is tried again, TRIES times in all; what is the
         user's to mend (LeadlineError) is not tried again. Whoever needs nothing of a unit that fails goes on. lost: is
@@ -171,30 +217,44 @@ class Pool:
                     self._idle.append(worker)
                 if unit is not None:
                     tries[unit.name] = tries.get(unit.name, 0) + 1
-                    if not answer.is_final and tries[unit.name] < TRIES:
-                        schedule.again(unit)
-                    elif set_aside := schedule.fail(unit):
-                        often = "" if answer.is_final else f"{TRIES} times: "
-                        failures.append(Failure(unit.name, often + answer.text, answer.trace, len(set_aside) - 1))
-                if answer.is_death and worker.ready and worker.ready.place not in self._places():
-                    for group in schedule.at_home(worker.ready.place):
+                    failures += self._troubled(schedule, worker, unit, answer, tries[unit.name], ended)
+                if answer.is_death and worker.ready and worker.ready.home not in self._homes():
+                    for group in schedule.at_home(worker.ready.home):
                         lost(group)
                 continue
             self._deaths = 0
             self._idle.append(worker)
-            if unit is not None:
+            if unit is None:
+                self._refuse_if_too_small(answer)
+                worker.ready = answer
+            else:
                 schedule.done(unit)
-                tries.pop(unit.name, None)
-                done(unit, answer)
-                continue
-            if self._scratch.size > answer.free and self._scratch.placement != "shared":
-                raise LeadlineError(
-                    f"{answer.folder}: {answer.free / 1e9:.2f} GB are free, and the embeddings of a group of members "
-                    f"take {self._scratch.size / 1e9:.2f} GB; lower engine.group_size, choose a reduction, or set "
-                    "engine.scratch"
-                )
-            worker.ready = answer
+                ended(unit, worker.ended("done", tries.pop(unit.name, 0) + 1, answer))
         return failures
+
+    def _troubled(
+        self, schedule: Schedule, worker: _Worker, unit: Unit, trouble: "_Trouble", tries: int,
+        ended: Callable[[Unit, Ended], None],
+    ) -> list[Failure]:  # fmt: skip
+        """Let a unit that did not go well be tried again, or be set aside. Returns what is to be told at the end."""
+        if not trouble.is_final and tries < TRIES:
+            schedule.again(unit)
+            ended(unit, worker.ended("again", tries, trouble=trouble))
+            return []
+        set_aside = schedule.fail(unit)
+        ended(unit, worker.ended("set_aside" if set_aside else "divided", tries, trouble=trouble))
+        for other in set_aside:
+            if other is not unit:
+                ended(other, untried(f"needs what {unit.name} makes"))
+        often = "" if trouble.is_final else f"{TRIES} times: "
+        return [Failure(unit.name, often + trouble.text, trouble.trace, len(set_aside) - 1)] if set_aside else []
+
+    def _refuse_if_too_small(self, ready: Ready) -> None:
+        if self._scratch.placement != "shared" and self._scratch.size > ready.free:
+            raise LeadlineError(
+                f"{ready.folder}: {ready.free / 1e9:.2f} GB are free, and the embeddings of a group of members take "
+                f"{self._scratch.size / 1e9:.2f} GB; lower engine.group_size, choose a reduction, or set engine.scratch"
+            )
 
     def close(self) -> None:
         """Have the workers give back their scratch."""
@@ -234,30 +294,30 @@ class Pool:
             raise LeadlineError(f"no worker stays alive: {text}")
         self._start()
 
-    def _places(self) -> set[str]:
+    def _homes(self) -> set[str]:
         workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
-        return {worker.ready.place for worker in workers if worker.ready}
+        return {worker.ready.home for worker in workers if worker.ready}
 
-    def _feed(self, schedule: Schedule, began: Callable[[Unit], None]) -> None:
+    def _feed(self, schedule: Schedule, began: Callable[[Unit, Place, float], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
         for worker in list(self._idle):
             assert worker.ready is not None  # it has answered, or it would not be idle
             held = [other.warm for other, unit in self._busy.values() if unit is not None and other.warm is not None]
-            place, shared = worker.ready.place, self._scratch.placement == "shared"
-            unit = schedule.take(worker.warm, held, place, not shared and self._is_full(schedule, worker.ready))
+            home, shared = worker.ready.home, self._scratch.placement == "shared"
+            unit = schedule.take(worker.warm, held, home, not shared and self._is_full(schedule, worker.ready))
             if unit is None:
                 continue
             if not shared and not unit.roams and schedule.home(unit.group) is None:
-                schedule.settle(unit.group, place)
+                schedule.settle(unit.group, home)
             self._idle.remove(worker)
-            worker.warm = unit.warm
-            began(unit)
+            worker.warm, worker.began = unit.warm, time.time()
+            began(unit, worker.ready.place, worker.began)
             self._busy[worker.actor.do.remote(unit.stage, unit.arguments)] = (worker, unit)
 
     def _is_full(self, schedule: Schedule, ready: Ready) -> bool:
         """Whether no other group may be at home where a worker is: one is searched there, and one may be embedded."""
         both = self._scratch.placement == "node" and 2 * self._scratch.size <= ready.free
-        return len(schedule.at_home(ready.place)) >= 1 + both
+        return len(schedule.at_home(ready.home)) >= 1 + both
 
     def _start(self) -> None:
         """Ask for an actor. It is given units when it answers: until there is room for it, others do them."""
@@ -303,10 +363,11 @@ class _Actor(Bench):
     def ready(self) -> Ready:
         """Answers when the actor can do units."""
         context = ray.get_runtime_context()
-        place = context.get_actor_id() if self._placement == "resident" else context.get_node_id()
+        place = Place(context.get_node_id(), socket.gethostname(), os.getpid())
+        home = context.get_actor_id() if self._placement == "resident" else place.node
         if self._folder is None:
-            return Ready(str(place), "", 0)
-        return Ready(str(place), str(self._folder), _free(self._folder.parent))
+            return Ready(place, str(home), "", 0)
+        return Ready(place, str(home), str(self._folder), _free(self._folder.parent))
 
     def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
         """Do a unit: a method of Bench, which returns its work."""
@@ -315,7 +376,9 @@ class _Actor(Bench):
         if self._folder is not None:
             directory = RunDirectory(directory.root, self._folder)
         work = getattr(self, stage)(directory, *rest)
-        return Done(work, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return Done(work, seconds, peak if sys.platform == "darwin" else peak << 10)  # bytes there, KiB elsewhere
 
     def leave(self) -> None:
         """Remove the scratch that is this worker's, or its node's."""

@@ -1,6 +1,7 @@
 """How far a run is: a bar in a terminal, plain lines in a log."""
 
 import time
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -53,6 +54,7 @@ class Stages:
         """So many units of a stage are there from an earlier try."""
         stage = self._stages[name]
         stage.done += units
+        stage.there += units
         if self._bars is not None and stage.bar is not None:
             self._bars.update(stage.bar, completed=stage.done)
         elif units:
@@ -73,6 +75,31 @@ class Stages:
         elif stage.is_due():
             self.say(stage.line())
 
+    def fail(self, name: str, state: str, instead: int = 0) -> None:
+        """A try of a unit failed, after which it is tried "again", "set_aside", or "divided": others take its place."""
+        stage = self._stages[name]
+        stage.failed[state] += 1
+        if instead:
+            stage.units += instead - 1
+            if self._bars is not None and stage.bar is not None:
+                self._bars.update(stage.bar, total=stage.units)
+
+    def state(self) -> dict[str, dict[str, float | int | str]]:
+        """How far each stage is: its `report`, and units in all, those `there` from earlier tries, and what failed.
+
+        May be asked by another thread.
+        """
+        return {
+            name: {
+                **told,
+                "units": self._stages[name].units,
+                "there": self._stages[name].there,
+                "done": self._stages[name].done,
+                **{state: self._stages[name].failed[state] for state in ("again", "divided", "set_aside")},
+            }
+            for name, told in self.report().items()
+        }
+
     def report(self) -> dict[str, dict[str, float | int | str]]:
         """Units and work done in this try, by stage.
 
@@ -87,14 +114,15 @@ class Stages:
                 "seconds": round(stage.seconds, 3),
                 "worker_seconds": round(stage.worker_seconds, 3),
             }
-            for stage in self._stages.values()
+            for stage in list(self._stages.values())  # a copy: another thread may plan one
         }
 
 
 class _Stage:
     def __init__(self, name: str, measure: str, units: int, bar: TaskID | None) -> None:
         self.name, self.measure, self.units, self.bar = name, measure, units, bar
-        self.done = 0
+        self.done = self.there = 0
+        self.failed: Counter[str] = Counter()
         self.here = 0  # units done in this try, from which the rate is told
         self.work = 0
         self.began: float | None = None

@@ -591,9 +591,9 @@ class Bench:
         return len(self.points)
 
     def free(self, directory: RunDirectory, member: Member) -> int:
-        """Remove what a member that is reduced needs no more."""
+        """Remove what a member that is reduced needs no more. Returns the members that it was: one."""
         directory.free_member(member.name, keep_indexes=self.config.engine.keep_indexes)
-        return 0
+        return 1
 
     def _probe_record(self, directory: RunDirectory, member: Member, probe: int) -> dict[str, Any]:
         """Method of a probe, its index, and the audit of its votes, as the table of probes has them."""

@@ -15,6 +15,8 @@ units/audit/M/PPP.npy          exact votes of the audited points, until the memb
 units/reduce/M.json
 indexes/M/PPP.index            of approximate probes; kept where the configuration says so, with
 indexes/M/PPP.npy              the rows of every bank, and indexes/input/000.npy the input of all points
+logs/SESSION/session.json      of each driver that was at work: who it was, when it was last alive, how far it came
+logs/SESSION/NNNNNNN.jsonl     what befell units, a line for each try (see `log`)
 scratch/                       embeddings of the members in flight (or elsewhere: see `scratch`)
 """
 
@@ -152,6 +154,21 @@ class RunDirectory:
     def outputs(self, member: str, shard: int) -> Path:
         """What the logits of one shard say; written last, so it is the record of the embedding unit."""
         return self.scratch / member / f"outputs-{shard:05d}.npy"
+
+    def session(self, session: str) -> Place:
+        """Record of one driver's time with the run."""
+        return self.root / "logs" / session / "session.json"
+
+    def sessions(self) -> list[Place]:
+        """The records of all sessions, oldest first."""
+        return sorted((self.root / "logs").rglob("session.json"), key=str)
+
+    def log(self, session: str, number: int) -> Place:
+        return self.root / "logs" / session / f"{number:07d}.jsonl"
+
+    def logs(self, session: str) -> list[Place]:
+        """A session's files of units, oldest first."""
+        return sorted((self.root / "logs" / session).rglob("*.jsonl"), key=str)
 
     def free_member(self, member: str, *, keep_indexes: bool) -> None:
         """Remove a reduced member's embeddings, its units of voting, indexing and audit, and its indexes or not."""
