@@ -1,15 +1,25 @@
 """The units of a run, a group of members at a time: what each needs, and what is there from an earlier try."""
 
+import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import torch
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import Member, is_tried, may_err
+from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, may_err, shard_edges
 from leadline.config import RunConfig
-from leadline.members.probes import Probe
+from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.members.architectures import build
+from leadline.members.probes import Probe, place_probes
+from leadline.members.splits import training_ids
+from leadline.points import TRAIN
 from leadline.store import RunDirectory
 from leadline.store.files import read_json
 
@@ -18,6 +28,23 @@ STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
     "vote": "votes", "audit": "points", "reduce": "points",
 }  # fmt: skip
+
+
+class Outline(Protocol):
+    """What the units of a run must know of its points."""
+
+    @property
+    def parts(self) -> Array: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: Array, /) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,20 @@ class Graph:
         if self.members[0] in members and self.common.pays:
             total["share"] = self.blocks
         return total
+
+    def embedding_bytes(self, members: Sequence[Member]) -> int:
+        """Of a group of members, with the input, which is kept once for all."""
+        probes = self.probes[members[0].architecture][:1] + [
+            probe for member in members for probe in self.probes[member.architecture][1:]
+        ]
+        return 4 * self.points * sum(stored_width(probe) for probe in probes)
+
+    def placement(self, largest: int, is_local: bool) -> str:
+        """Where embeddings lie. largest: bytes of a group's; is_local: on one machine, without a cluster."""
+        engine = self.config.engine
+        if engine.placement != "auto":
+            return engine.placement
+        return "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
 
     def units(self, group: int, members: Sequence[Member], directory: RunDirectory) -> list[Unit]:
         """What is still to be done for a group of members, whose embeddings lie in the directory's scratch."""
@@ -160,6 +201,44 @@ class Graph:
             case _:
                 # Depths are audited, and they are made from the votes at all probes.
                 return any(may_err(self.config, other) for other in self.probes[member.architecture])
+
+
+def graph_of(config: RunConfig, points: Outline, train_only: bool = False) -> Graph:
+    """The graph of a run. Raises LeadlineError for banks that are too small and probes that cannot be placed."""
+    members = list_members(config)
+    for member in members:
+        _check_bank(config, points, member)
+    return Graph(
+        config, members, _place_probes(config, points), bank_of_all(config, points.parts), len(points),
+        len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
+    )  # fmt: skip
+
+
+def _check_bank(config: RunConfig, points: Outline, member: Member) -> None:
+    ids = training_ids(member.config.split, points.parts, member.seed)
+    if len(ids) - config.leave_one_out < config.k:
+        raise LeadlineError(
+            f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
+            f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
+        )
+
+
+def _place_probes(config: RunConfig, points: Outline) -> dict[str, list[Probe]]:
+    """The probes of each architecture, as its members will have them: mistakes are told before any work is paid for."""
+    example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
+    placed: dict[str, list[Probe]] = {}
+    for entry in config.members:
+        model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
+        probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
+        placed[entry.label] = list(probes)
+    names = list(dict.fromkeys(probe.name for probes in placed.values() for probe in probes))
+    check_patterns(config.reduction, names)
+    for name in names:
+        config.method_of(name)
+    for pattern in config.method if isinstance(config.method, dict) else ():
+        if not fnmatch.filter(names, pattern):
+            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(names)}")
+    return placed
 
 
 def _embedded(group: int, member: Member) -> tuple[Thing, ...]:
