@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 from rich.console import Console
 
-from leadline.cluster.graph import STAGES, Graph, graph_of
+from leadline.cluster.graph import SHARE_OF_DISK, SHARE_OF_MEMORY, STAGES, Graph, graph_of
 from leadline.cluster.pool import MEMORY, Done, Failure, Pool, Scratch, connected
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
@@ -39,8 +39,6 @@ from leadline.store.tables import ROWS, read_table, write_table
 
 ELSEWHERE = Path(os.devnull) / "scratch"  # of embeddings that only their workers see: nothing is ever there
 GROUPS_OF_A_WORKER = 2  # groups of members that are taken in for each worker, where each has its own place
-SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
-SHARE_OF_DISK = 0.8  # of what is free, for embeddings
 TOLD = 3  # errors of units that are quoted
 
 

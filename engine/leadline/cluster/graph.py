@@ -30,6 +30,10 @@ STAGES = {
 }  # fmt: skip
 
 
+SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
+SHARE_OF_DISK = 0.8  # of what is free, for embeddings
+
+
 class Outline(Protocol):
     """What the units of a run must know of its points."""
 
@@ -51,13 +55,14 @@ class Outline(Protocol):
 class Graph:
     """What the units of a run follow from.
 
-    probes: of each architecture; common: what the members share; points, shards, blocks: how many there are.
-    train_only: members are trained, and nothing else.
+    probes: of each architecture; banks: rows of each member's bank, by name; common: what the members share; points,
+    shards, blocks: how many there are. train_only: members are trained, and nothing else.
     """
 
     config: RunConfig
     members: Sequence[Member]
     probes: dict[str, list[Probe]]
+    banks: dict[str, int]
     common: CommonBank
     points: int
     shards: int
@@ -74,7 +79,7 @@ class Graph:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
-                total[stage] += sum(self._has(stage, member, probe) for probe in probes)
+                total[stage] += sum(self.has(stage, member, probe) for probe in probes)
         if self.members[0] in members and self.common.pays:
             total["share"] = self.blocks
         return total
@@ -151,16 +156,16 @@ class Graph:
         needs = _embedded(group, member)
         for probe in self.probes[member.architecture]:
             p, bank = probe.index, ("bank", member.name, probe.index)
-            if self._has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
+            if self.has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
                 yield _unit(group, "trial", directory, (member, p), needs, (("tried", member.architecture),), bank)
-            if self._has("index", member, probe) and not _is_indexed(directory, member, p):
+            if self.has("index", member, probe) and not _is_indexed(directory, member, p):
                 tried = (("tried", member.architecture),)
                 made = (("index", member.name, p),)
                 yield _unit(group, "index", directory, (member, p), (*needs, *tried), made, bank)
-            if self._has("keep", member, probe) and not directory.bank(member.name, p).exists():
+            if self.has("keep", member, probe) and not directory.bank(member.name, p).exists():
                 # Not a vote, but it reads the embeddings too, which go when all is voted.
                 yield _unit(group, "keep", directory, (member, p), needs, (("voted", member.name),))
-            if self._has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
+            if self.has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
                 voted = (("voted", member.name),)
                 yield _unit(group, "audit", directory, (member, p), (*needs, *voted), (("audited", member.name),), bank)
 
@@ -186,7 +191,7 @@ class Graph:
     def _until_decided(self) -> bool:
         return self.config.votes == "until-decided"
 
-    def _has(self, stage: str, member: Member, probe: Probe) -> bool:
+    def has(self, stage: str, member: Member, probe: Probe) -> bool:
         """Whether a member's probe has a unit of one of the stages that only some runs have."""
         match stage:
             case "trial":
@@ -206,21 +211,22 @@ class Graph:
 def graph_of(config: RunConfig, points: Outline, train_only: bool = False) -> Graph:
     """The graph of a run. Raises LeadlineError for banks that are too small and probes that cannot be placed."""
     members = list_members(config)
-    for member in members:
-        _check_bank(config, points, member)
+    banks = {member.name: _checked_bank(config, points, member) for member in members}
     return Graph(
-        config, members, _place_probes(config, points), bank_of_all(config, points.parts), len(points),
+        config, members, _place_probes(config, points), banks, bank_of_all(config, points.parts), len(points),
         len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
     )  # fmt: skip
 
 
-def _check_bank(config: RunConfig, points: Outline, member: Member) -> None:
+def _checked_bank(config: RunConfig, points: Outline, member: Member) -> int:
+    """Rows of a member's bank."""
     ids = training_ids(member.config.split, points.parts, member.seed)
     if len(ids) - config.leave_one_out < config.k:
         raise LeadlineError(
             f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
             f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
         )
+    return len(ids)
 
 
 def _place_probes(config: RunConfig, points: Outline) -> dict[str, list[Probe]]:
