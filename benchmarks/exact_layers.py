@@ -14,13 +14,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from inputs import first_member, stored_embeddings
 from record import stamp, write_result
 from rich.console import Console
 from rich.table import Table
 
-import leadline
 from leadline.knn.arrays import Array
+from leadline.layers import open_layers
 
 PACKAGES = ("leadline", "torch", "numpy")
 CELLS = 256
@@ -40,22 +39,22 @@ def layers(
 ) -> None:
     """By probe: rows left by the triangle inequality, by the ring test, by the first principal directions."""
     torch.set_num_threads(threads)
-    stored = leadline.open(run)
-    member = member or first_member(stored)
-    probes, embedded, _, bank_ids = stored_embeddings(stored, member)
-    held_out = np.setdiff1d(np.arange(len(embedded[0])), bank_ids)
+    given = open_layers(run, member)
+    bank_ids = given.bank_ids
+    held_out = np.setdiff1d(np.arange(len(given.labels)), bank_ids)
     chosen = np.sort(np.random.default_rng(0).choice(held_out, min(queries, len(held_out)), replace=False))
     rows = []
-    for probe, values in zip(probes, embedded, strict=True):
-        rows.append({"probe": probe.name, "width": probe.width, **shares(values[bank_ids], values[chosen], k)})
-        print(f"{probe.name} done", flush=True)
-    name = stored.manifest["name"]
-    print_rows(f"{name} {member}: shares of {len(bank_ids):,} bank rows, {len(chosen)} held-out queries, k = {k}", rows)
+    for layer, (name, width) in enumerate(zip(given.names, given.widths, strict=True)):
+        with given.rows(layer) as values:
+            rows.append({"probe": name, "width": width, **shares(values[bank_ids], values[chosen], k)})
+        print(f"{name} done", flush=True)
+    title = f"{given.title}: shares of {len(bank_ids):,} bank rows, {len(chosen)} held-out queries, k = {k}"
+    print_rows(title, rows)
     write_result(
-        f"exact_votes-layers-{name}",
+        f"exact_votes-layers-{given.about['name']}",
         {
             **stamp(PACKAGES, threads),
-            "run": {"name": name, "fingerprint": stored.manifest["fingerprint"], "member": member},
+            "run": given.about,
             "bank": len(bank_ids),
             "queries": len(chosen),
             "k": k,

@@ -28,16 +28,16 @@ import faiss
 import numpy as np
 import torch
 import typer
-from inputs import DeepLayer, first_member, stored_embeddings
+from inputs import DeepLayer
 from record import stamp, write_result
 from rich.console import Console
 from rich.table import Table
 from searches import Task, by_faiss, by_leadline, by_scikit_learn, by_torch, timed
 from threadpoolctl import threadpool_limits
 
-import leadline
 from leadline.knn import Cost, screen
 from leadline.knn.arrays import Array
+from leadline.layers import open_layers
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "faiss-cpu", "scikit-learn")
 WARM_UP = 1024  # queries of a first search that is not timed: loops are compiled, products are prepared
@@ -185,15 +185,15 @@ def probes(
 ) -> None:
     """Every probe of a stored member, all points as queries, each left out of its own neighbours."""
     limits = machine_limits(threads)
-    stored = leadline.open(run)
-    member = member or first_member(stored)
-    places, embedded, labels, bank_ids = stored_embeddings(stored, member)
-    own = np.full(len(labels), -1)
-    own[bank_ids] = np.arange(len(bank_ids))
+    given = open_layers(run, member)
+    own = np.full(len(given.labels), -1)
+    own[given.bank_ids] = np.arange(len(given.bank_ids))
     rows = []
-    for probe, values in zip(places, embedded, strict=True):
-        task = Task(values[bank_ids], labels[bank_ids], values, own, k)
-        row = {"probe": probe.name, **tell(probe.name, race(task, rounds, limits))}
+    for layer, place in enumerate(given.names):
+        with given.rows(layer) as values:
+            everything = np.array(values)  # searches are timed on what lies in memory
+        task = Task(everything[given.bank_ids], given.labels[given.bank_ids], everything, own, k)
+        row = {"probe": place, **tell(place, race(task, rounds, limits))}
         row |= once("scikit_learn", by_scikit_learn, task, slow_queries, row)
         row |= once("torch", by_torch, task, slow_queries, row)
         rows.append(row)
@@ -201,14 +201,13 @@ def probes(
         name: sum(row[f"{name}_s"] for row in rows) / sum(row["leadline_s"] for row in rows)
         for name in ("faiss", "scikit_learn_extrapolated", "torch_extrapolated")
     }
-    name = stored.manifest["name"]
-    print_rows(f"{name} {member}, k = {k}", [f"{row['probe']} {row['width']}" for row in rows], rows, limits)
+    print_rows(f"{given.title}, k = {k}", [f"{row['probe']} {row['width']}" for row in rows], rows, limits)
     print("all probes together, times Leadline:", {key: round(value, 2) for key, value in stage.items()})
     write_result(
-        f"exact_votes-probes-{name}",
+        f"exact_votes-probes-{given.about['name']}",
         {
             **stamp(PACKAGES, threads),
-            "run": {"name": name, "fingerprint": stored.manifest["fingerprint"], "member": member},
+            "run": given.about,
             "k": k,
             "rounds": rounds,
             "limits": limits,

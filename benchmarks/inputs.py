@@ -1,44 +1,8 @@
-"""Embeddings to measure on: those of a stored run's member, and synthetic ones of any size."""
-
-import json
+"""Synthetic embeddings to measure on, of any size; those of a stored run's member are `leadline.layers`'."""
 
 import numpy as np
-import torch
 
-import leadline
-from leadline.config import load_config
-from leadline.embedding import embed_batch
 from leadline.knn.arrays import Array
-from leadline.members.architectures import build
-from leadline.members.probes import Probe
-from leadline.members.weights import load_weights
-from leadline.points import open_points
-
-BATCH = 256
-
-
-def first_member(run: leadline.Run) -> str:
-    return str(run.sql("SELECT min(member) FROM members")[0][0].as_py())
-
-
-def stored_embeddings(run: leadline.Run, member: str) -> tuple[list[Probe], list[Array], Array, Array]:
-    """Probes, embeddings float32 [N, width] of each, labels int32 [N] and ids of the training points of a member."""
-    record = json.loads(run.directory.record("train", member).read_text())
-    probes = [Probe(**probe) for probe in record["probes"]]
-    config = load_config(run.manifest["configuration"])
-    points = open_points(config.points)
-    entry = next(entry for entry in config.members if member.startswith(f"{entry.label}-"))
-    model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), 0)
-    load_weights(model, run.directory.weights(member))
-    model.eval()
-    values = [np.empty((len(points), probe.width), np.float32) for probe in probes]
-    for first in range(0, len(points), BATCH):
-        ids = np.arange(first, min(first + BATCH, len(points)))
-        batch = embed_batch(model, probes, torch.from_numpy(points.read(ids)), first, member)
-        for kept, embedding in zip(values, batch.embeddings, strict=True):
-            kept[ids] = embedding
-    inside = run.sql(f"SELECT in_training FROM depths WHERE member = '{member}' ORDER BY point_id")["in_training"]
-    return probes, values, points.labels, np.flatnonzero(inside.to_numpy())
 
 
 class DeepLayer:

@@ -6,7 +6,6 @@ Benchmarks that measure in their own process record figures instead: see `stamp`
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from leadline.cluster.driver import processor
-from leadline.knn.product import HAS_BFLOAT16, HAS_INT8
+from leadline import machine
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("leadline", "torch", "numpy", "numba", "pyarrow", "ray")
@@ -27,16 +25,7 @@ PACKAGES = ("leadline", "torch", "numpy", "numba", "pyarrow", "ray")
 
 def stamp(packages: Iterable[str], threads: int) -> dict[str, Any]:
     """What figures depend on beside their input: the command, the commit, versions, hardware, threads."""
-    # A folder of this machine says nothing to a reader: of a path only the name is kept.
-    given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
-    return {
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *given]),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-        "hardware": f"{hardware()}, {threads} threads",
-        "threads": threads,
-    }
+    return {"commit": commit(), **machine.stamp(f"python benchmarks/{Path(sys.argv[0]).name}", packages, threads)}
 
 
 def commit() -> str:
@@ -47,17 +36,11 @@ def commit() -> str:
     return answer.stdout.strip()
 
 
-def hardware() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    # The name alone may be that of several generations.
-    units = [name for name, has in (("AVX512-BF16", HAS_BFLOAT16), ("AVX512-VNNI", HAS_INT8)) if has]
-    kind = ", ".join([llvm.get_host_cpu_name(), *units])
-    return f"{processor()} ({kind}), {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used"
-
-
-def write_result(name: str, result: dict[str, Any]) -> None:
+def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write benchmarks/results/NAME-PROCESSOR.json: figures of two kinds of processor stand side by side."""
-    (RESULTS / f"{name}-{llvm.get_host_cpu_name()}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = RESULTS / f"{name}-{llvm.get_host_cpu_name()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def main() -> None:
@@ -68,7 +51,7 @@ def main() -> None:
     lines = [
         f"$ {' '.join(command)}",
         f"# commit {commit()}; Python {platform.python_version()}, {versions}",
-        f"# {hardware()}",
+        f"# {machine.hardware()}",
         "",
     ]
     started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+bench_app = typer.Typer(help="Measure methods beside one another, on embeddings of yours.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="directory of a run")]
 SettledOnly = Annotated[bool, typer.Option("--settled-only", help="leave out points whose softmax probe disagrees")]
@@ -112,6 +116,48 @@ def verify(run: RunPath) -> None:
     if faults:
         raise typer.Exit(1)
     print(f"{run}: sound")
+
+
+@bench_app.command("knn")
+def bench_knn(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|EMBEDDINGS", help="directory of a run, or folder of .npy files"),
+    ],
+    member: Annotated[str | None, typer.Option(help="of the run; by default the first")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="as hnsw:m=16,ef=128; several with spaces between them, or the option again"),
+    ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="so many random points; by default all")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="neighbours; by default the run's, or 30")] = None,
+    device: Annotated[str | None, typer.Option(help="of exact search; by default a GPU where there is one")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option(help="folder for table, JSON and plot; by default bench/<name>")] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster: layers are measured there in parallel")] = None,
+) -> None:
+    """Compare approximate neighbours with exact ones: time, memory, recall, votes and depths."""
+    sys.path.insert(0, str(Path.cwd()))
+    from leadline import bench
+    from leadline.report.bench import knn_tables, write_knn
+
+    given = [text for several in methods or [] for text in several.split()]
+    console, folder = _console(), out or Path("bench") / source.resolve().name
+    if address:
+        from leadline.cluster.bench import bench_knn_on_ray
+
+        result = bench_knn_on_ray(source, member, given, queries, k, device, threads, address, _tell)
+    else:
+        comparison = bench.prepare(source, member, given, queries, k, device, threads)
+        result = bench.bench_knn(comparison, _tell)
+    write_knn(result, folder)
+    for table in knn_tables(result):
+        console.print(table)
+    console.print(f"knn.json, knn.txt, knn.png, knn.svg in {folder}", soft_wrap=True)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -8,60 +8,31 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from leadline.config import RunConfig, load_config
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch
-from leadline.embedding.principal import load_directions
-from leadline.embedding.reductions import make_reducers, stored_width
+from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError
 from leadline.knn import Bank, Votes, count_votes, load_index
 from leadline.knn.arrays import Array, Shards
 from leadline.knn.exact import refuse_non_finite
-from leadline.members.architectures import build
 from leadline.members.probes import Probe
-from leadline.members.weights import load_weights
 from leadline.store import RunDirectory
-from leadline.store.files import check, read_json
+from leadline.store.files import check
 from leadline.store.schemas import vote_columns
 from leadline.store.tables import read_table
+from leadline.stored_member import StoredMember
 
 
-class KeptMember:
+class KeptMember(StoredMember):
     """One member of a finished run that has kept its banks.
 
     Raises LeadlineError for a member that is not in the run, and for a run without banks.
     """
 
     def __init__(self, directory: RunDirectory, manifest: dict[str, Any], name: str) -> None:
-        self._directory, self._files, self._name = directory, manifest.get("files", {}), name
-        self._config: RunConfig = load_config(manifest["configuration"])
-        rows = read_table(directory.table("members")).to_pylist()
-        self._row = next((row for row in rows if row["member"] == name), None)
-        if self._row is None:
-            raise LeadlineError(f"member: {name!r} is not in the run; there are {', '.join(r['member'] for r in rows)}")
-        if not self._config.engine.keep_indexes:
+        super().__init__(directory, manifest, name)
+        self._files = manifest.get("files", {})
+        if not self.config.engine.keep_indexes:
             raise LeadlineError(f"{directory.root}: its banks were not kept; make a run with engine.keep_indexes: true")
-        trained = read_json(directory.record("train", name))
-        self.probes = [Probe(**probe) for probe in trained["probes"]]
-        directions = {}
-        if trained["directions"]:
-            check(directory.directions(name), trained["directions"])
-            directions = load_directions(directory.directions(name), torch.device("cpu"))
-        self._reducers = make_reducers(self.probes, directions)
-
-    def embed(self, points: Array) -> tuple[list[Array], Array]:
-        """Embeddings of inputs [Q, ...], float32 [Q, stored width] a probe, and predictions int32 [Q]."""
-        if not len(points):
-            raise LeadlineError("points: none are given; give at least one")
-        network = self._network(points.shape[1:])
-        size = self._config.engine.batch_size
-        batches = [
-            embed_batch(network, self.probes, torch.from_numpy(some), first, self._name, self._reducers)
-            for first in range(0, len(points), size)
-            for some in [points[first : first + size]]
-        ]
-        parts = zip(*(batch.embeddings for batch in batches), strict=True)
-        return [np.concatenate(part) for part in parts], np.concatenate([b.outputs.prediction for b in batches])
 
     def depths(self, embeddings: Sequence[Array], predictions: Array) -> pa.Table:
         """Table of prediction, depth, unsettled and votes, from embeddings [Q, stored width] of every probe."""
@@ -73,7 +44,7 @@ class KeptMember:
                 f"embeddings: widths {given}, lengths with predictions {sorted(lengths)}; give those of the probes, "
                 f"{widths}, of the same points"
             )
-        inside = read_table(self._directory.member_table("depths", self._name))["in_training"].to_numpy()
+        inside = read_table(self._directory.member_table("depths", self.name))["in_training"].to_numpy()
         ids = np.flatnonzero(inside)
         labels = read_table(self._directory.table("points"))["label"].to_numpy()[ids]
         votes = [self._votes(probe, ids, labels, values) for probe, values in zip(self.probes, embeddings, strict=True)]
@@ -89,25 +60,18 @@ class KeptMember:
 
     def _votes(self, probe: Probe, ids: Array, labels: Array, queries: Array) -> Votes:
         refuse_non_finite(queries, 0, f"probe {probe.name}, point")
-        rows = np.load(self._checked(self._directory.bank(self._name, probe.index)), mmap_mode="r", allow_pickle=False)
+        rows = np.load(self._checked(self._directory.bank(self.name, probe.index)), mmap_mode="r", allow_pickle=False)
         bank = Shards([rows], ids if probe.index == 0 else None)
-        path = self._directory.index(self._name, probe.index)
+        path = self._directory.index(self.name, probe.index)
         # A probe that was searched exactly has no index.
         is_indexed = str(path.relative_to(self._directory.root)) in self._files
         search = load_index(self._checked(path), bank) if is_indexed else Bank(bank)
-        found, _ = search.search(queries, self._config.k)
+        found, _ = search.search(queries, self.config.k)
         return count_votes(labels[found])
 
     def _checked(self, path: Path) -> Path:
         check(path, self._files.get(str(path.relative_to(self._directory.root)), ""))
         return path
-
-    def _network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
-        assert self._row is not None
-        entry = next(entry for entry in self._config.members if entry.label == self._row["architecture"])
-        network = build(entry.architecture, entry.parameters, input_shape, self.probes[-1].width, self._row["seed"])
-        load_weights(network, self._directory.weights(self._name))
-        return network.float().eval()
 
 
 def as_rows(values: Any, name: str) -> Array:

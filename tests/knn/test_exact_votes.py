@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -683,6 +684,18 @@ def test_banks_and_queries_may_lie_in_files(tmp_path, dtype):
 
 
 @pytest.mark.slow
+def test_the_size_of_a_bank_is_what_is_allocated_for_it():
+    rows = np.random.default_rng(0).normal(size=(20_000, 24)).astype(np.float32)
+    Bank(rows)  # compiles
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    bank = Bank(rows)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bank.size_bytes == pytest.approx(after - before, rel=0.02) and bank.size_bytes > 20_000 * 24
+    assert Bank(Shards([rows]), memory_budget=1 << 20).size_bytes == 0
+
+
 def test_a_processor_with_avx2_alone_gives_the_same_answers():
     """The tests of this file again, compiled as for a processor of 2013."""
     if product.VECTORS == 1:

@@ -29,6 +29,7 @@ from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
+from leadline.machine import processor
 from leadline.members.probes import Probe
 from leadline.points import TRAIN, Points, open_points
 from leadline.query import Run, open_run
@@ -88,16 +89,6 @@ def _manifest(config: RunConfig, points: Points, members: Sequence[Member]) -> d
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in names}},
         "machine": {"processor": processor(), "system": sys.platform},
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it; elsewhere what Python knows."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str]) -> None:
@@ -166,8 +157,8 @@ def _do(
     def add(number: int) -> None:
         units = graph.units(number, groups[number], directory)
         there = graph.totals(groups[number]) - Counter(unit.stage for unit in units)
-        for stage in STAGES if number not in taken else ():
-            stages.found(stage, there[stage])
+        for stage, units_there in there.items() if number not in taken else ():
+            stages.found(stage, units_there)
         schedule.add(units)
         if units:
             taken[number] = graph.embedding_bytes(groups[number])

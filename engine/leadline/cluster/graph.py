@@ -11,7 +11,16 @@ import torch
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import Member, bank_of_all, blocks, is_tried, list_members, may_err, shard_edges
+from leadline.cluster.units import (
+    Member,
+    bank_of_all,
+    bank_parts,
+    blocks,
+    is_tried,
+    list_members,
+    may_err,
+    shard_edges,
+)
 from leadline.config import RunConfig
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
 from leadline.errors import LeadlineError
@@ -26,7 +35,7 @@ from leadline.store.files import read_json
 # Stages in the order in which they are told, and what their work is counted in; some runs have only some of them.
 STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
-    "vote": "votes", "audit": "points", "reduce": "points",
+    "part": "points", "vote": "votes", "audit": "points", "reduce": "points",
 }  # fmt: skip
 
 
@@ -55,15 +64,15 @@ class Outline(Protocol):
 class Graph:
     """What the units of a run follow from.
 
-    probes: of each architecture; banks: rows of each member's bank, by name; common: what the members share; points,
-    shards, blocks: how many there are. train_only: members are trained, and nothing else.
+    probes: of each architecture; common: what the members share; bank_rows: of each member, by name; points, shards,
+    blocks: how many there are. train_only: members are trained, and nothing else.
     """
 
     config: RunConfig
     members: Sequence[Member]
     probes: dict[str, list[Probe]]
-    banks: dict[str, int]
     common: CommonBank
+    bank_rows: dict[str, int]
     points: int
     shards: int
     blocks: int
@@ -78,6 +87,7 @@ class Graph:
         for member in members:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks
+            total["part"] += sum(self.parts(member, probe) for probe in probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
                 total[stage] += sum(self.has(stage, member, probe) for probe in probes)
         if self.members[0] in members and self.common.pays:
@@ -185,7 +195,20 @@ class Graph:
                 if self._until_decided:
                     needs.append(("vote", member.name, p + 1, block))
                     made.append(("vote", member.name, p, block))
+                parts = self.parts(member, probe)
+                for part in range(parts):
+                    if not directory.part_cost(member.name, p, part, parts, block).exists():
+                        found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
+                        yield _unit(group, "part", directory, (member, p, part, block), tuple(needs), found, ready)
+                needs.append(("parts", member.name, p, block))
                 yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
+
+    def parts(self, member: Member, probe: Probe) -> int:
+        """Parts of a bank that are searched apart; 0 where it is searched whole."""
+        if probe.index == 0 and self.common.pays:
+            return 0
+        parts = len(bank_parts(self.config, self.bank_rows[member.name], probe))
+        return parts if parts > 1 else 0
 
     @property
     def _until_decided(self) -> bool:
@@ -211,15 +234,15 @@ class Graph:
 def graph_of(config: RunConfig, points: Outline, train_only: bool = False) -> Graph:
     """The graph of a run. Raises LeadlineError for banks that are too small and probes that cannot be placed."""
     members = list_members(config)
-    banks = {member.name: _checked_bank(config, points, member) for member in members}
+    bank_rows = {member.name: _check_bank(config, points, member) for member in members}
     return Graph(
-        config, members, _place_probes(config, points), banks, bank_of_all(config, points.parts), len(points),
+        config, members, _place_probes(config, points), bank_of_all(config, points.parts), bank_rows, len(points),
         len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
     )  # fmt: skip
 
 
-def _checked_bank(config: RunConfig, points: Outline, member: Member) -> int:
-    """Rows of a member's bank."""
+def _check_bank(config: RunConfig, points: Outline, member: Member) -> int:
+    """The rows of a member's bank. Raises LeadlineError where they are too few."""
     ids = training_ids(member.config.split, points.parts, member.seed)
     if len(ids) - config.leave_one_out < config.k:
         raise LeadlineError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from leadline.cluster.graph import SHARE_OF_DISK, STAGES, Graph
 from leadline.cluster.rates import BACKWARD, Network, Rates
-from leadline.cluster.units import OUTPUTS, VOTES, Member, blocks, found_by_point, may_err, shard_edges
+from leadline.cluster.units import OUTPUTS, PART, VOTES, Member, blocks, found_by_point, may_err, shard_edges
 from leadline.embedding.principal import search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
 from leadline.knn.choice import candidates
@@ -27,7 +27,7 @@ from leadline.store.schemas import DEPTHS, VOTE_FIELDS
 from leadline.store.tables import ROWS
 
 # Stages that go on side by side; one such step of a group of members begins when the last has ended.
-STEPS = (("train",), ("embed",), ("trial", "index", "keep", "share", "vote"), ("audit",), ("reduce",))
+STEPS = (("train",), ("embed",), ("trial", "index", "keep", "share", "part", "vote"), ("audit",), ("reduce",))
 SIMULATED = 4096  # units of a step whose order is played through; more of them end nearly together
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
@@ -271,7 +271,7 @@ class _Reckoning:
         totals: Counter[str] = self.graph.totals(members)
         reckon: dict[str, Callable[[Stage, int, Sequence[Member]], None]] = {
             "train": self._train, "embed": self._embed, "trial": self._trial, "index": self._index,
-            "keep": self._keep, "share": self._share, "vote": self._vote, "audit": self._audit,
+            "keep": self._keep, "share": self._share, "part": self._part, "vote": self._vote, "audit": self._audit,
             "reduce": self._reduce,
         }  # fmt: skip
         stages = {}
@@ -301,18 +301,14 @@ class _Reckoning:
 
     def advice(self) -> list[str]:
         """What makes a search read its bank again and again."""
-        engine = self.graph.config.engine
-        needed = max(
-            8 * self._bank(member) * stored_width(probe)
-            for member in self.graph.members
-            for probe in self.graph.probes[member.architecture]
-        )
-        if needed <= engine.memory_budget:
+        common, budget = self.graph.common, self.graph.config.engine.memory_budget
+        n_bank, width = len(common.ids), stored_width(self._input)
+        if not common.pays or fits_memory(n_bank, width, budget):
             return []
         return [
-            f"the largest bank takes {_bytes(needed)} of memory to be searched at once, engine.memory_budget is "
-            f"{_bytes(engine.memory_budget)}: it is read in tiles, anew for each unit of votes; raise the budget, or "
-            "choose a reduction"
+            f"the inputs that all members share take {_bytes(8 * n_bank * width)} to be searched at once, and "
+            f"engine.memory_budget is {_bytes(budget)}: they are read in tiles, anew for each unit; raise it, or reduce "
+            "the input"
         ]
 
     def combine(self) -> Stage:
@@ -374,23 +370,50 @@ class _Reckoning:
         kind = found_by_point(common.k)
         stage.written = sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
 
-    def _vote(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
+    def _part(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph = self.graph
-        banks = sum(len(graph.probes[member.architecture]) for member in members)
         for member in members:
             for probe in graph.probes[member.architecture]:
+                parts = graph.parts(member, probe)
+                for _ in range(parts):
+                    stage.work += graph.points
+                    stage.written += self._found_in_part
+                    self._search(
+                        stage, (member.architecture, probe.index), self._bank(member) // parts, stored_width(probe),
+                        graph.points, graph.blocks, self._side_by_side(members), graph.config.k,
+                    )  # fmt: skip
+
+    def _vote(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
+        graph = self.graph
+        for member in members:
+            for probe in graph.probes[member.architecture]:
+                parts = graph.parts(member, probe)
                 stage.work += graph.points
                 stage.written += sum(npy_bytes(VOTES, stop - first) for first, stop in self._blocks)
                 if may_err(graph.config, probe):
                     stage.written += self._sample * found_by_point(graph.config.k).itemsize
-                if probe.index == 0 and graph.common.pays:
-                    stage.seconds += graph.points * self.rates.pick
-                    stage.read += graph.points * found_by_point(graph.common.k).itemsize
+                if parts or (probe.index == 0 and graph.common.pays):
+                    stage.seconds += graph.points * self.rates.pick * max(1, parts)
+                    kind = found_by_point(graph.common.k)
+                    stage.read += parts * self._found_in_part or graph.points * kind.itemsize
                     continue
                 self._search(
                     stage, (member.architecture, probe.index), self._bank(member), stored_width(probe), graph.points,
-                    graph.blocks, banks, graph.config.k,
+                    graph.blocks, self._side_by_side(members), graph.config.k,
                 )  # fmt: skip
+
+    @property
+    def _found_in_part(self) -> int:
+        """Bytes of what all points find in a part of a bank."""
+        kind = np.dtype([(name, of_one, (self.graph.config.k,)) for name, of_one in PART])
+        return sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
+
+    def _side_by_side(self, members: Sequence[Member]) -> int:
+        """Banks, and parts of banks, that a group of members is searched in."""
+        graph = self.graph
+        return sum(
+            max(1, graph.parts(member, probe)) for member in members for probe in graph.probes[member.architecture]
+        )
 
     def _search(
         self, stage: Stage, rates_of: tuple[str, int], n_bank: int, width: int, n: int, units: int, banks: int, k: int
@@ -502,7 +525,7 @@ class _Reckoning:
 
     def _bank(self, member: Member) -> int:
         """Rows of a member's bank."""
-        return self.graph.banks[member.name]
+        return self.graph.bank_rows[member.name]
 
     @cached_property
     def _shards(self) -> list[tuple[int, int]]:

@@ -94,6 +94,7 @@ class Scratch:
             session, _, process = old.name.removeprefix(f"{self.name}-").partition("-")
             if session != self.session or (process and not Path("/proc", process).exists()):
                 shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         own = f"-{os.getpid()}" if self.placement == "resident" else ""
         return folder / f"{self.name}-{self.session}{own}"
 
@@ -163,7 +164,9 @@ class Pool:
             worker, unit, answer = self._next()
             if isinstance(answer, _Trouble):
                 if answer.is_death:
-                    self._replace(worker, answer.text)
+                    self._replace(answer.text)
+                elif unit is None:
+                    raise LeadlineError(answer.text) if answer.is_final else RuntimeError(answer.trace)
                 else:
                     self._idle.append(worker)
                 if unit is not None:
@@ -223,7 +226,7 @@ class Pool:
         except RayError as error:
             return worker, unit, _Trouble(f"its worker died ({one_line(error)})", is_death=True)
 
-    def _replace(self, worker: _Worker, text: str) -> None:
+    def _replace(self, text: str) -> None:
         self._deaths += 1
         if self._deaths > TRIES * self.size:
             raise LeadlineError(f"no worker stays alive: {text}; {MEND}")

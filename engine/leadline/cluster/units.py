@@ -22,7 +22,18 @@ from leadline.embedding import EmbeddedRows, embed_batch, embed_input, fit_direc
 from leadline.embedding.principal import load_directions, save_directions
 from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers, stored_width
 from leadline.errors import LeadlineError
-from leadline.knn import NOTHING, Bank, Cost, Index, Votes, build_index, count_votes, load_index, parse_method
+from leadline.knn import (
+    NOTHING,
+    Bank,
+    Cost,
+    Index,
+    Votes,
+    build_index,
+    count_votes,
+    load_index,
+    merged,
+    parse_method,
+)
 from leadline.knn.arrays import Array, Rows, Shards
 from leadline.knn.audit import audit_depths, draw, interval, recall_at_k
 from leadline.knn.choice import Choice, Option, Trial, candidates, choose
@@ -37,6 +48,7 @@ from leadline.store.files import check, digest, read_json, replacing, write_json
 from leadline.store.schemas import DEPTHS, OUTPUT_FIELDS, VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, open_table, write_table
 
+PART = (("neighbours", np.int64), ("squares", np.float64))  # of each query's k nearest in a part of a bank
 VOTES = np.dtype([("point_id", np.int64), *((field, np.int32) for field in VOTE_FIELDS)])
 _Network = tuple[torch.nn.Module, list[Probe], list[Reducer]]
 Spent = dict[str, Any]  # the fields of a Cost, and the bank's plan
@@ -103,6 +115,16 @@ def blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, n)) for first in range(0, n, size)]
 
 
+def bank_parts(config: RunConfig, n_bank: int, probe: Probe) -> list[tuple[int, int]]:
+    """(first, stop) of the parts of a bank, each of which a worker's search can hold; one where it holds the whole.
+
+    Every part has more than k rows, so that it alone could answer a query.
+    """
+    parts = -(-8 * n_bank * stored_width(probe) // config.engine.memory_budget)
+    parts = max(1, min(parts, n_bank // (config.k + 1))) if config.method_of(probe.name) == "exact" else 1
+    return [(n_bank * i // parts, n_bank * (i + 1) // parts) for i in range(parts)]
+
+
 def shard_edges(config: RunConfig, n_points: int) -> list[tuple[int, int]]:
     """First and last + 1 point of each shard. Whole batches, so that a batch has the same points in every sharding."""
     batch = config.engine.batch_size
@@ -125,7 +147,7 @@ class Bench:
         (self.input_probe,) = choose_reductions(config.reduction, [Probe(0, "input", math.prod(shape), None, shape)])
         # What is audited, and what methods are tried on.
         self.sample, self.tried = draw(len(self.points), config.audit.sample, config.audit.seed)
-        self._ready: tuple[tuple[str, int], Bank | Index] | None = None
+        self._ready: tuple[tuple[str, int, int, int], Bank | Index] | None = None
         self._networks: dict[str, _Network] = {}
 
     def train(self, directory: RunDirectory, member: Member) -> int:
@@ -322,7 +344,9 @@ class Bench:
         rows, cost = self._search(directory, "input", 0, self.common.ids, asked, self.common.k)
         if len(asked):
             every = self._rows(directory, "input", 0, np.arange(len(self.points)))
-            bank = self._search_of(directory, "input", 0, self._rows(directory, "input", 0, self.common.ids))
+            bank = self._search_of(
+                directory, "input", 0, self._rows(directory, "input", 0, self.common.ids), self.common.ids
+            )
             assert isinstance(bank, Bank)  # there is no index of the common bank
             rows, _ = bank.by_distance(every[asked], rows)
         shared = np.empty(len(asked), found_by_point(self.common.k))
@@ -330,6 +354,29 @@ class Bench:
         with replacing(directory.shared(block)) as beside:
             _save(beside, shared)
         write_json(directory.shared_cost(block), {**cost, "seconds": time.perf_counter() - started})
+        return len(asked)
+
+    def part(self, directory: RunDirectory, member: Member, probe: int, part: int, block: int) -> int:
+        """The nearest rows of one part of a bank to a block's open points. Returns their number.
+
+        A bank that no worker can hold is cut: each worker makes a part ready once, for all blocks.
+        """
+        started = time.perf_counter()
+        bank_ids, asked = self._training_ids(member), self._open_points(directory, member, probe, block)
+        parts = bank_parts(self.config, len(bank_ids), self._probes(directory, member)[probe])
+        own = bank_ids[slice(*parts[part])]
+        rows, cost = self._search(directory, member.name, probe, own, asked, self.config.k)
+        found = np.empty(len(asked), [(name, kind, (self.config.k,)) for name, kind in PART])
+        if len(asked):
+            bank, queries, _ = self._question(directory, member.name, probe, own, asked)
+            search = self._search_of(directory, member.name, probe, bank, own)
+            assert isinstance(search, Bank)  # an index is never cut
+            rows, found["squares"] = search.by_distance(queries, rows)
+        found["neighbours"] = own[rows]
+        with replacing(directory.part(member.name, probe, part, len(parts), block)) as beside:
+            _save(beside, found)
+        record = directory.part_cost(member.name, probe, part, len(parts), block)
+        write_json(record, {**cost, "seconds": time.perf_counter() - started})
         return len(asked)
 
     def vote(self, directory: RunDirectory, member: Member, probe: int, block: int) -> int:
@@ -340,8 +387,11 @@ class Bench:
         """
         started = time.perf_counter()
         asked = self._open_points(directory, member, probe, block)
+        parts = len(bank_parts(self.config, len(self._training_ids(member)), self._probes(directory, member)[probe]))
         if probe == 0 and self.common.pays:
             neighbours, cost = self._among_shared(directory, member, block, asked)
+        elif parts > 1:
+            neighbours, cost = self._among_parts(directory, member, probe, parts, block)
         else:
             neighbours, cost = self._among_own(directory, member, probe, asked)
         if not self._is_exact(directory, member, probe):
@@ -353,7 +403,7 @@ class Bench:
             part[field] = getattr(votes, field)
         with replacing(directory.votes_part(member.name, probe, block)) as beside:
             _save(beside, part)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + cost.get("seconds", 0.0)  # of the bank's parts
         write_json(directory.votes_cost(member.name, probe, block), {**cost, "seconds": seconds})
         return len(asked)
 
@@ -441,6 +491,21 @@ class Bench:
         rows, cost = self._search(directory, member.name, probe, bank_ids, asked, self.config.k)
         return bank_ids[rows], cost
 
+    def _among_parts(
+        self, directory: RunDirectory, member: Member, probe: int, parts: int, block: int
+    ) -> tuple[Array, Spent]:
+        """The same from the searches of all parts of the bank."""
+        place = [(member.name, probe, part, parts, block) for part in range(parts)]
+        found = np.stack([_load(directory.part(*one)) for one in place], axis=1)
+        costs = [read_json(directory.part_cost(*one)) for one in place]
+        neighbours, squares = (found[name].reshape(len(found), -1) for name, _ in PART)
+        return merged(neighbours, squares, self.config.k), {
+            **{
+                name: sum(cost[name] for cost in costs) for name in ("seconds", *(field.name for field in fields(Cost)))
+            },
+            "plan": next((f"{parts} parts, {cost['plan']}" for cost in costs if cost["plan"]), None),
+        }
+
     def _among_shared(self, directory: RunDirectory, member: Member, block: int, asked: Array) -> tuple[Array, Spent]:
         """The same at the input, from what the members share; searched for where that says too little."""
         shared = _load(directory.shared(block))
@@ -465,7 +530,7 @@ class Bench:
             # The bank need not be made ready.
             return np.empty((0, k), np.int64), {**asdict(NOTHING), "plan": None}
         bank, queries, own = self._question(directory, owner, probe, bank_ids, asked)
-        search = self._search_of(directory, owner, probe, bank)
+        search = self._search_of(directory, owner, probe, bank, bank_ids)
         rows, cost = search.search(queries, k, own)
         return rows, {**asdict(cost), "plan": search.plan}
 
@@ -607,11 +672,14 @@ class Bench:
         n_classes = len(self.points.label_names)
         return build(entry.architecture, entry.parameters, self.points.input_shape, n_classes, member.seed)
 
-    def _search_of(self, directory: RunDirectory, owner: str, probe: int, rows: Shards) -> Bank | Index:
-        """What a probe is searched by, made ready once for all blocks that come one after another."""
-        if self._ready is None or self._ready[0] != (owner, probe):
+    def _search_of(
+        self, directory: RunDirectory, owner: str, probe: int, rows: Shards, ids: Array
+    ) -> Bank | Index:  # fmt: skip
+        """What a probe, or a part of its bank, is searched by: made ready once for blocks that come in turn."""
+        which = (owner, probe, int(ids[0]), len(ids))
+        if self._ready is None or self._ready[0] != which:
             self._ready = None  # those of two probes are never in memory together
-            self._ready = ((owner, probe), self._index(directory, owner, probe, rows) or self._bank(rows))
+            self._ready = (which, self._index(directory, owner, probe, rows) or self._bank(rows))
         return self._ready[1]
 
     def _bank(self, rows: Rows) -> Bank:

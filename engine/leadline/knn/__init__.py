@@ -3,6 +3,7 @@
 from leadline.knn.exact import MEMORY, NOTHING, Bank, Cost
 from leadline.knn.indexes import Index, build_index, load_index, usable_method
 from leadline.knn.methods import Method, parse_method
+from leadline.knn.rank import merged
 from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "count_votes",
     "knn_votes",
     "load_index",
+    "merged",
     "parse_method",
     "usable_method",
 ]

@@ -3,7 +3,8 @@
 The proofs are in docs/decisions: 0002 for the distance that decides, 0004 for the screen.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,11 @@ class Bank:
         if self._ready:
             self.plan = self._ready[1].plan
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are held between searches beside the rows; 0 where each search makes its tiles ready anew."""
+        return _held(self._ready[1]) if self._ready else 0
+
     def search(
         self, queries: Rows, k: int, exclude: Array | None = None, winners_of: Array | None = None
     ) -> tuple[Array, Cost]:
@@ -110,7 +116,7 @@ class Bank:
     def by_distance(self, queries: Rows, rows: Array) -> tuple[Array, Array]:
         """Neighbours int64 [Q, k], as `search` gives them, in the order of (distance, row); and their distances.
 
-        Euclidean, float64 [Q, k].
+        These are squared, as they decide, float64 [Q, k].
         """
         return by_distance(self._rows, queries, rows)
 
@@ -182,6 +188,14 @@ def cut(n_bank: int, width: int, memory_budget: int) -> tuple[int, int]:
 
 
 NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _held(made: Any) -> int:
+    """Bytes of the arrays and tensors in a record of them."""
+    if isinstance(made, (np.ndarray, torch.Tensor)):
+        return made.nbytes
+    parts = [getattr(made, field.name) for field in fields(made)] if is_dataclass(made) else made
+    return sum(_held(part) for part in parts) if is_dataclass(made) or isinstance(made, tuple) else 0
 
 
 def _settled(certified: int, reranked: int, fell_through: int) -> Cost:

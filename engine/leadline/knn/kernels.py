@@ -500,9 +500,9 @@ def rank_open(
 
 @compiled
 def sort_by_distance(
-    queries: Array, bank_rows: Array, places: Array, rows: Array, sorted_rows: Array, distances: Array
+    queries: Array, bank_rows: Array, places: Array, rows: Array, sorted_rows: Array, sorted_squares: Array
 ) -> None:
-    """Put each query's rows [n, k], ascending, into the order of (distance, row); distances are not squared.
+    """Put each query's rows [n, k], ascending, into the order of (squared distance, row).
 
     places [n, k]: where the rows lie in bank_rows.
     """
@@ -514,4 +514,4 @@ def sort_by_distance(
         order = np.argsort(squares, kind="mergesort")
         for j in range(rows.shape[1]):
             sorted_rows[i, j] = rows[i, order[j]]
-            distances[i, j] = np.sqrt(squares[order[j]])
+            sorted_squares[i, j] = squares[order[j]]

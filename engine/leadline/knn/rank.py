@@ -10,18 +10,26 @@ GATHERED = 64 << 20  # bytes of candidate rows that are ranked together
 
 
 def by_distance(bank: Rows, queries: Rows, rows: Array) -> tuple[Array, Array]:
-    """The neighbours of each query in the order of (distance, row), and their Euclidean distances, float64.
+    """The neighbours of each query in the order of (distance, row), and their squared Euclidean distances, float64.
 
     rows int64 [Q, k], ascending in each query. Returns int64 and float64 [Q, k].
     """
-    ordered, distances = np.empty_like(rows), np.empty(rows.shape)
+    ordered, squares = np.empty_like(rows), np.empty(rows.shape)
     at_once = _queries_at_once(rows.shape[1], queries.shape[1])
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
         asked = copied(queries, part)
         gathered, _, places = _gathered(bank, rows[part])
-        kernels.sort_by_distance(asked, gathered, places, rows[part], ordered[part], distances[part])
-    return ordered, distances
+        kernels.sort_by_distance(asked, gathered, places, rows[part], ordered[part], squares[part])
+    return ordered, squares
+
+
+def merged(rows: Array, squares: Array, k: int) -> Array:
+    """The k nearest of neighbours that were found in the parts of a bank, int64 [Q, k], by (distance, row).
+
+    rows int64 and squares float64 [Q, n]: their rows in the whole bank and squared distances, in any order.
+    """
+    return np.take_along_axis(rows, np.lexsort((rows, squares))[:, :k], axis=1)
 
 
 def rank_doubtful(

@@ -150,7 +150,8 @@ def knn_votes(
     nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
-        nearest, distances = by_distance(rows, asked, nearest)
+        nearest, squares = by_distance(rows, asked, nearest)
+        distances = np.sqrt(squares)
     votes = {}
     for n in ks:
         counted = count_votes(given[nearest[:, :n]])

@@ -70,6 +70,14 @@ class RunDirectory:
         """Record of a finished unit of voting: written after its votes."""
         return self.votes_part(member, probe, block).with_suffix(".json")
 
+    def part(self, member: str, probe: int, part: int, parts: int, block: int) -> Path:
+        """Neighbours of a query block in one part of a bank that is cut into so many."""
+        return self.votes_part(member, probe, block).with_suffix(f".{part}of{parts}.npy")
+
+    def part_cost(self, member: str, probe: int, part: int, parts: int, block: int) -> Path:
+        """Record of a finished unit of searching a part: written after its neighbours."""
+        return self.part(member, probe, part, parts, block).with_suffix(".json")
+
     def sampled(self, member: str, probe: int, block: int) -> Path:
         """Neighbours of the audited points among a unit's, as the run found them."""
         return self.votes_part(member, probe, block).with_suffix(".sample.npy")

@@ -1,0 +1,94 @@
+"""A member of a finished run, made again from its stored weights to embed points as the run did."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from leadline.config import RunConfig, load_config
+from leadline.embedding import Embedded, embed_batch
+from leadline.embedding.principal import load_directions
+from leadline.embedding.reductions import make_reducers, stored_width
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.members.architectures import build
+from leadline.members.probes import Probe
+from leadline.members.weights import load_weights, weights_fingerprint
+from leadline.points import Points
+from leadline.store import RunDirectory
+from leadline.store.files import check, read_json, replacing
+from leadline.store.tables import read_table
+
+
+class StoredMember:
+    """One member: its configuration, its probes, and its network with the reducers of the run.
+
+    device: where the network runs. Raises LeadlineError for a member that is not in the run, and for directions that
+    are not those of the run.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, manifest: dict[str, Any], name: str, device: str | torch.device = "cpu"
+    ) -> None:
+        self._directory, self.name, self._device = directory, name, torch.device(device)
+        self.config: RunConfig = load_config(manifest["configuration"])
+        rows = read_table(directory.table("members")).to_pylist()
+        self._row: dict[str, Any] = next((row for row in rows if row["member"] == name), {})
+        if not self._row:
+            raise LeadlineError(f"member: {name!r} is not in the run; there are {', '.join(r['member'] for r in rows)}")
+        trained = read_json(directory.record("train", name))
+        self._fingerprint = trained["weights_fingerprint"]
+        self.probes = [Probe(**probe) for probe in trained["probes"]]
+        directions = {}
+        if trained["directions"]:
+            check(directory.directions(name), trained["directions"])
+            directions = load_directions(directory.directions(name), self._device)
+        self._reducers = make_reducers(self.probes, directions)
+
+    def embed(self, points: Array) -> tuple[list[Array], Array]:
+        """Embeddings of inputs [Q, ...], float32 [Q, stored width] a probe, and predictions int32 [Q]."""
+        if not len(points):
+            raise LeadlineError("points: none are given; give at least one")
+        network = self._network(points.shape[1:])
+        size = self.config.engine.batch_size
+        batches = [
+            self._embed(network, range(len(self.probes)), points[first : first + size], first)
+            for first in range(0, len(points), size)
+        ]
+        parts = zip(*(batch.embeddings for batch in batches), strict=True)
+        return [np.concatenate(part) for part in parts], np.concatenate([b.outputs.prediction for b in batches])
+
+    def write_layer(self, probe: int, points: Points, path: Path) -> None:
+        """Write the embeddings of all points at one probe as .npy, float32 [N, stored width].
+
+        The whole network runs, in the run's batches, and one of them is in memory at a time. Raises LeadlineError for
+        weights that are not the run's, and where an embedding is not finite.
+        """
+        network = self._network(points.input_shape)
+        # The input and the softmax belong to every forward pass.
+        read = [other.index for other in self.probes if other.index == probe or other.place is None]
+        with replacing(path) as beside:
+            shape = (len(points), stored_width(self.probes[probe]))
+            rows = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=shape)
+            size = self.config.engine.batch_size
+            for first in range(0, len(points), size):
+                ids = np.arange(first, min(first + size, len(points)))
+                rows[ids] = self._embed(network, read, points.read(ids), first).embeddings[read.index(probe)]
+            rows.flush()
+
+    def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
+        """One batch at some of the probes; `first` is the number of its first point."""
+        probes, reducers = [self.probes[i] for i in read], [self._reducers[i] for i in read]
+        return embed_batch(network, probes, torch.from_numpy(inputs).to(self._device), first, self.name, reducers)
+
+    def _network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
+        entry = next(entry for entry in self.config.members if entry.label == self._row["architecture"])
+        network = build(entry.architecture, entry.parameters, input_shape, self.probes[-1].width, self._row["seed"])
+        path = self._directory.weights(self.name)
+        load_weights(network, path)
+        network.float().to(self._device).eval()
+        if weights_fingerprint(network) != self._fingerprint:
+            raise LeadlineError(f"{path}: not the weights that the run was made with; restore the file")
+        return network

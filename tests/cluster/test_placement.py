@@ -1,0 +1,55 @@
+"""Runs on a cluster of several nodes, which are processes of this machine: the three placements, and lost nodes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+from tiny import TINY, tables_of
+
+import leadline
+from leadline.store.verify import verify
+
+LEADLINE = str(Path(sys.executable).with_name("leadline"))
+
+
+@pytest.fixture
+def cluster():
+    """A head without work, and two nodes of one CPU."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+    nodes.workers = [nodes.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
+    yield nodes
+    nodes.shutdown()
+
+
+def placed(placement, scratch, **engine):
+    # One member a group: more groups than places.
+    engine = {**TINY["engine"], "group_size": 1, "placement": placement, "scratch": str(scratch), **engine}
+    return {**TINY, "engine": engine}
+
+
+@pytest.mark.parametrize("placement", ["resident", "node", "shared"])
+def test_placements_give_the_same_tables(tiny_run, tmp_path, cluster, placement):
+    run = leadline.run(placed(placement, tmp_path / "scratch"), tmp_path / "run", address=cluster.address)
+    assert tables_of(run.directory.root) == tables_of(tiny_run.directory.root)
+    assert verify(run.directory) == []
+    # Embeddings are gone, wherever they were.
+    assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("placement", ["resident", "node"])
+def test_what_is_lost_with_a_node_is_made_again(tiny_run, tmp_path, cluster, placement):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(placed(placement, tmp_path / "scratch")))
+    command = [LEADLINE, "run", str(config), "--out", str(run), "--address", cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        while len(list(run.glob("units/vote/*/*.json"))) < 5 and driver.poll() is None:
+            time.sleep(0.002)
+        cluster.remove_node(cluster.workers[0], allow_graceful=False)
+        _, log = driver.communicate(timeout=200)
+        assert driver.returncode == 0, log
+    assert "are lost with their place: made again" in log
+    assert tables_of(run) == tables_of(tiny_run.directory.root)
