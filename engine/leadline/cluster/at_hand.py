@@ -82,4 +82,4 @@ class _Measured:
         device = None
         if engine.gpus:
             device = int(torch.cuda.get_device_properties(0).total_memory * min(1.0, engine.gpus))
-        return measure(self._graph, self._points, place), shutil.disk_usage(disk).free, device
+        return measure(self._graph, self._points, place, disk), shutil.disk_usage(disk).free, device

@@ -124,7 +124,7 @@ def plan_described(graph: Graph, points: Outline, cluster: Cluster, gpu: str | N
     if gpu is not None and graph.config.engine.gpus:
         rates = assumed(graph, networks, gpu, read)
     else:
-        rates = measure(graph, points, Path(tempfile.gettempdir()))
+        rates = measure(graph, points, Path(tempfile.gettempdir()), Path.cwd())
         said = (
             *rates.said,
             f"assumed, not measured: {START:g} s until workers are there; their CPUs are as this one's",

@@ -31,6 +31,7 @@ STEPS = (("train",), ("embed",), ("trial", "index", "keep", "share", "part", "vo
 SIMULATED = 4096  # units of a step whose order is played through; more of them end nearly together
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
+TABLES = 4  # that the driver writes, run.json among them
 IDLE = 0.5  # share of the workers' time that is worth a word where it is not used
 
 
@@ -135,6 +136,7 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         for name, stage in work.items():
             stages[name].add(stage)
     combine = reckoning.combine()
+    combine.seconds += TABLES * rates.file
     in_memory = cluster.is_local and placement == "shared" and graph.config.engine.scratch is None
     in_memory = in_memory and largest <= cluster.free
     room = cluster.free if in_memory else int(SHARE_OF_DISK * cluster.disk)
@@ -151,11 +153,14 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         base=rates.memory,
         scratch=largest,
         start=rates.start,
-        seconds=rates.start + combine.seconds + _elapsed(works, cluster.workers, places, placement, together),
+        seconds=rates.start
+        + (0 if graph.train_only else rates.first)
+        + combine.seconds
+        + _elapsed(works, cluster.workers, places, placement, together),
         assumptions=[*rates.said, *reckoning.said()],
     )
     plan.refused = _refused(plan, in_memory, room)
-    plan.advice = [*_waiting(plan, len(groups), places), *reckoning.advice()]
+    plan.advice = [*_waiting(plan, len(groups), places), *reckoning.advice(), *_audited(plan)]
     return plan
 
 
@@ -200,6 +205,17 @@ def _waiting(plan: Plan, groups: int, places: int) -> list[str]:
     return [
         f"{groups} groups of members have {places} places (placement {plan.placement}), so workers wait; set "
         "engine.placement to shared, lower engine.group_size, or take fewer nodes"
+    ]
+
+
+def _audited(plan: Plan) -> list[str]:
+    seconds = {stage.name: stage.seconds for stage in plan.stages}
+    share = seconds.get("audit", 0.0) / max(sum(seconds.values()), 1e-9)
+    if share < IDLE:
+        return []
+    return [
+        f"{share:.0%} of the work is the audit, for which the network makes whole embeddings of reduced probes again, "
+        "bank and all; lower audit.sample, raise engine.memory_budget, or reduce fewer probes"
     ]
 
 
@@ -279,7 +295,21 @@ class _Reckoning:
             if totals[name]:
                 stages[name] = Stage(name, measure, totals[name])
                 reckon[name](stages[name], number, members)
+                written, opened = self._files(name, members)
+                stages[name].seconds += totals[name] * (written * self.rates.file + opened * self.rates.opened)
         return stages
+
+    def _files(self, stage: str, members: Sequence[Member]) -> tuple[int, int]:
+        """Files that a unit writes, with its record, and those that it reads whole; shards are mapped."""
+        probes = [len(self.graph.probes[member.architecture]) for member in members]
+        match stage:
+            case "embed":
+                return sum(probes) + 1, len(members)
+            case "reduce":
+                of_a_member = sum(probes) // len(probes) * self.graph.blocks
+                return 3, of_a_member * (1 + 2 * -(-self.graph.points // ROWS))
+            case _:
+                return 2, 2
 
     def said(self) -> list[str]:
         """What is left out, or taken as the most that it may be."""
@@ -307,8 +337,8 @@ class _Reckoning:
             return []
         return [
             f"the inputs that all members share take {_bytes(8 * n_bank * width)} to be searched at once, and "
-            f"engine.memory_budget is {_bytes(budget)}: they are read in tiles, anew for each unit; raise it, or reduce "
-            "the input"
+            f"engine.memory_budget is {_bytes(budget)}: they are read in tiles, anew for each unit; raise it, or "
+            "reduce the input"
         ]
 
     def combine(self) -> Stage:

@@ -30,6 +30,7 @@ from leadline.members.splits import path_of_seed
 from leadline.members.train import train
 from leadline.members.weights import load_weights
 from leadline.points import TRAIN, open_points
+from leadline.store.files import read_json, write_json
 from leadline.store.schemas import VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, write_table
 
@@ -39,8 +40,10 @@ WARM = 3  # training steps that are not counted
 QUERIES = 1024  # that a sample search is asked
 LARGEST, SMALLEST, OF_ALL = 16_384, 2048, 131_072  # rows of a probe's sample search, and of all probes' together
 SAMPLED = 512 << 20  # bytes of embeddings that sample searches are made with
+FILES = 20
 WRITTEN = 64 << 20  # bytes that are written to see how fast that goes
 IMAGES, IMAGE = 32, (500, 375)  # made up where there are none: about ImageNet's usual size, in pixels
+FIRST = 1.0  # seconds of a worker's first search, at most: what is more is compiling, which stays in its cache
 BACKWARD = 3  # times the forward pass: a step of training, with its backward pass
 
 
@@ -70,6 +73,7 @@ GPUS = {
 OF_BFLOAT16, OF_TRAINING, OF_FLOAT32, OF_BANDWIDTH = 0.5, 0.3, 0.5, 0.7
 COPIED, STORED = 20e9, 1.5e9
 START = 60.0
+FILE = 0.01
 WORKER = 2 << 30
 PAIR = 20  # bytes that a pair of a query and a bank row moves in GPU memory, from product to choice (knn/on_device.py)
 
@@ -109,19 +113,23 @@ class Search:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a worker takes: seconds for reading and decoding a point, for moving a byte to its place or from it, for a
-    training step and the embedding of a point by architecture, for a point's input votes from the common neighbours,
-    for a vote's way into the tables; searches by architecture and probe; seconds until workers are there; and the bytes
-    of a worker that has done nothing yet. said: where all this is from.
+    """What a worker takes, in seconds. read: a point, with decoding; move: a byte of embeddings, to its place or from
+    it; file, opened: a small file, flushed to disk, and one that is read; step: of training, and embed: a point, by
+    architecture; first: the first search, beside what the others take; search: by architecture and probe; pick: a
+    point's neighbours from those that were found for several banks; reduce: a vote's way into its table; start: until
+    workers are there. memory: bytes of a worker beside what its units take. said: where all this is from.
     """
 
     read: float
     move: float
+    file: float
+    opened: float
     step: Mapping[str, float]
     embed: Mapping[str, float]
+    first: float
+    search: Mapping[tuple[str, int], Search]
     pick: float
     reduce: float
-    search: Mapping[tuple[str, int], Search]
     start: float
     memory: int
     said: tuple[str, ...]
@@ -200,11 +208,14 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
     return Rates(
         read=read,
         move=1 / STORED,
+        file=FILE,
+        opened=FILE / 10,
         step=step,
         embed=embed,
+        first=FIRST,
+        search=search,
         pick=1e-5,
         reduce=1e-6,
-        search=search,
         start=START,
         memory=WORKER,
         said=(
@@ -213,9 +224,9 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
             f"{OF_TRAINING:.0%} by training, and {OF_BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:g} TB/s of memory, where "
             f"a pair in a search moves {PAIR} bytes",
             "not measured: searches on GPUs; they leave no pair out, 2 FLOP for each value of each, an upper bound",
-            f"not measured: {COPIED / 1e9:g} GB/s between host and GPU, {STORED / 1e9:g} GB/s of scratch a "
-            f"worker, {START:g} s until workers are there, {WORKER / 2**30:g} GiB a worker that has done nothing yet, "
-            "1 µs for a vote's way into the tables",
+            f"not measured: {COPIED / 1e9:g} GB/s between host and GPU, {STORED / 1e9:g} GB/s of scratch a worker, "
+            f"{START:g} s until workers are there, {WORKER / 2**30:g} GiB a worker that has done nothing yet, "
+            f"{FILE * 1000:g} ms for a small file, 1 µs for a vote's way into the tables",
             f"a node's share for each GPU, unless told otherwise: {gpu.cpus} CPUs, {gpu.host / 2**30:.0f} GiB of "
             f"memory, {gpu.scratch / 1e12:g} TB of scratch ({gpu.node} of AWS)",
         ),
@@ -252,17 +263,19 @@ def _seconds_of_reading(points: Outline) -> float:
     return (time.perf_counter() - started) / len(ids)
 
 
-def measure(graph: Graph, points: Outline, folder: Path) -> Rates:
+def measure(graph: Graph, points: Outline, scratch: Path, tables: Path) -> Rates:
     """The rates of a worker in this process, by a little of everything that it would do.
 
-    folder: where embeddings would lie. Points that are not at hand are made up, and what bounds leave out of a search
+    scratch, tables: folders where embeddings and a run's files would lie, or others on the same disks. Points that are not at hand are made up, and what bounds leave out of a search
     with it. Takes some 10 s, more the first time, when the search is compiled.
     """
     config = graph.config
     torch.set_num_threads(config.engine.threads)
     device = torch.device("cuda" if config.engine.gpus else "cpu")
     models = {entry.label: _ready(entry, points, device) for entry in config.members}
-    _search_once(np.random.default_rng(0).standard_normal((QUERIES, 100), np.float32), graph, 100, device)
+    started = time.perf_counter()
+    _search_once(np.random.default_rng(0).standard_normal((QUERIES, 100), np.float32), graph, config.k, device)
+    first = min(time.perf_counter() - started, FIRST)
     step = {
         entry.label: _seconds_of_a_step(entry, points, models[entry.label], device, len(config.members))
         for entry in config.members
@@ -279,17 +292,22 @@ def measure(graph: Graph, points: Outline, folder: Path) -> Rates:
         for probe, values in zip(probes, rows, strict=True):
             k = graph.common.k if probe.index == 0 and graph.common.pays else config.k
             search[entry.label, probe.index] = _search_rates(values, graph, min(k, len(values) // 5), device)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=scratch) as place:
         move = _seconds_of_a_byte(Path(place))
+    with tempfile.TemporaryDirectory(dir=tables) as place:
+        file, opened = _seconds_of_a_file(Path(place))
         reduce = _seconds_of_a_vote(Path(place), max(len(probes) for probes in graph.probes.values()))
     return Rates(
         read=read,
         move=move,
+        file=file,
+        opened=opened,
         step=step,
         embed=embed,
+        first=first,
+        search=search,
         pick=_seconds_of_picking(graph),
         reduce=reduce,
-        search=search,
         start=0.0,
         memory=memory,
         said=(
@@ -414,6 +432,17 @@ def _seconds_of_a_byte(folder: Path) -> float:
     mapped[:] = values
     mapped.flush()
     return (time.perf_counter() - started) / values.nbytes
+
+
+def _seconds_of_a_file(folder: Path) -> tuple[float, float]:
+    """To write it whole, and to read it."""
+    started = time.perf_counter()
+    for number in range(FILES):
+        write_json(folder / f"{number}.json", {"number": number})
+    written = time.perf_counter()
+    for number in range(FILES):
+        read_json(folder / f"{number}.json")
+    return (written - started) / FILES, (time.perf_counter() - written) / FILES
 
 
 def _seconds_of_a_vote(folder: Path, n_probes: int) -> float:
