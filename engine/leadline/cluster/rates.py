@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,14 @@ WRITTEN = 64 << 20  # bytes that are written to see how fast that goes
 IMAGES, IMAGE = 32, (500, 375)  # made up where there are none: about ImageNet's usual size, in pixels
 FIRST = 1.0  # seconds of a worker's first search, at most: what is more is compiling, which stays in its cache
 BACKWARD = 3  # times the forward pass: a step of training, with its backward pass
+
+
+def _product_flops(into: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    """Of a product [n, m] with [m, p] that is added to what is there; torch counts only those that are not in place."""
+    return 2 * math.prod(left) * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: _product_flops}
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def _network_of(entry: MemberConfig, probes: list[Probe], points: Outline) -> Ne
     with FlopCounterMode(display=False) as counted:
         read_probes(model, probes, examples[:1])
     forward = counted.get_total_flops()
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
         for probe, reduce in zip(probes, _reducers(probes, "meta"), strict=True):
             reduce(torch.empty(1, probe.width, device="meta"))  # without its memory
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -266,8 +274,9 @@ def _seconds_of_reading(points: Outline) -> float:
 def measure(graph: Graph, points: Outline, scratch: Path, tables: Path) -> Rates:
     """The rates of a worker in this process, by a little of everything that it would do.
 
-    scratch, tables: folders where embeddings and a run's files would lie, or others on the same disks. Points that are not at hand are made up, and what bounds leave out of a search
-    with it. Takes some 10 s, more the first time, when the search is compiled.
+    scratch, tables: folders where embeddings and a run's files would lie, or others on the same disks. Points that are
+    not at hand are made up, and with them what bounds leave out of a search. Takes some 10 s, more the first time, when
+    the search is compiled.
     """
     config = graph.config
     torch.set_num_threads(config.engine.threads)
