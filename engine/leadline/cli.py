@@ -224,17 +224,12 @@ def plan_command(
     """Say what a run will take before it runs: units, bytes, memory, time and cost; exit code 2 where it cannot be."""
     sys.path.insert(0, str(Path.cwd()))
     from leadline.cluster import described
-    from leadline.cluster.graph import Outline, graph_of
+    from leadline.cluster.graph import graph_of
     from leadline.config import load_config
-    from leadline.points import open_points
     from leadline.report import print_plan
 
     run = described.without_downloads(load_config(config, tuple(overrides or ())))
-    at: Outline = (
-        described.describe_points(run.points, points, classes, _sizes(shape) if shape else None)
-        if points
-        else open_points(run.points)
-    )
+    at = described.points_of(run.points, points, classes, _sizes(shape) if shape else None)
     graph = graph_of(run, at)
     if nodes:
         cluster = described.describe_cluster(

@@ -101,6 +101,24 @@ def test_units_are_those_of_a_run(tiny_run):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("memory_budget", [4 << 30, 60_000], ids=["at once", "in tiles"])
+def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch, memory_budget):
+    config = {**REDUCED, "members": [{**TINY["members"][0], "count": 1}]}
+    bench, directory, (member,) = embedded(
+        {**config, "engine": {**TINY["engine"], "memory_budget": memory_budget}}, tmp_path
+    )
+    graph = graph_of(bench.config, bench.points)
+    for unit in graph.units(0, [member], directory):
+        if unit.stage in ("part", "share", "vote"):
+            getattr(bench, unit.stage)(*unit.arguments)
+    read, inputs = [], bench._inputs
+    monkeypatch.setattr(bench, "_inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+    for probe in graph.probes["mlp"]:
+        bench.audit(directory, member, probe.index)
+    planned_bytes = stages(planned(bench.config.model_dump(mode="json")))["audit"].read
+    assert planned_bytes == pytest.approx(4 * 64 * sum(read), rel=0.15)
+
+
 def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
     config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 50_000}}
     bench, directory, members = embedded(config, tmp_path)

@@ -16,6 +16,7 @@ from leadline.config import Engine, PointsConfig, RunConfig
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.members.architectures import without_weights
+from leadline.points import open_points
 from leadline.points.source import two_parts
 
 GPUS_OF_A_NODE = 8  # unless told otherwise
@@ -60,6 +61,16 @@ def without_downloads(config: RunConfig) -> RunConfig:
         for entry in config.members
     )
     return config.model_copy(update={"members": members})
+
+
+def points_of(config: PointsConfig, count: str | None, classes: int, shape: tuple[int, ...] | None) -> Outline:
+    """The points that a configuration names, or those that are described in their place (see `describe_points`)."""
+    if count is not None:
+        return describe_points(config, count, classes, shape)
+    try:
+        return open_points(config)
+    except LeadlineError as error:
+        raise LeadlineError(f"{error}; or describe them: --points TRAIN+TEST --classes N --input SHAPE") from None
 
 
 def describe_points(config: PointsConfig, count: str, classes: int, shape: tuple[int, ...] | None) -> Described:

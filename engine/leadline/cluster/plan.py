@@ -449,18 +449,24 @@ class _Reckoning:
         self, stage: Stage, rates_of: tuple[str, int], n_bank: int, width: int, n: int, units: int, banks: int, k: int
     ) -> None:  # fmt: skip
         """n queries in so many units; banks: searched side by side, which tells how often each is made ready."""
-        engine, rates = self.graph.config.engine, self.rates.search[rates_of]
+        rates = self.rates.search[rates_of]
         at_once = -(-n // units)
-        times = min(max(self.workers / banks, 1.0), float(units))
-        memory = int(rates.memory * n_bank)
-        if not fits_memory(n_bank, width, engine.memory_budget):
-            # Each search reads the bank once for the queries that go through it together, after one look at all of it.
-            times += units * -(-at_once // cut(n_bank, width, engine.memory_budget)[1])
-            memory = engine.memory_budget
+        times = min(max(self.workers / banks, 1.0), float(units)) + units * self._looks(n_bank, width, at_once)
         read = int(4 * width * (n_bank * times + n))
         stage.read += read
         stage.flops += 2.0 * n * n_bank * width
         stage.seconds += times * rates.ready.at(n_bank) + n * rates.ask.at(n_bank) + read * self.rates.move
+        self._holds(stage, rates.memory, n_bank, width, at_once, k)
+
+    def _looks(self, n_bank: int, width: int, at_once: int) -> int:
+        """How often a search of so many queries goes over its bank, beside the first look: 0 where it fits memory."""
+        budget = self.graph.config.engine.memory_budget
+        return 0 if fits_memory(n_bank, width, budget) else -(-at_once // cut(n_bank, width, budget)[1])
+
+    def _holds(self, stage: Stage, of_a_row: float, n_bank: int, width: int, at_once: int, k: int) -> None:
+        """A bank, or tiles of it, and queries."""
+        budget = self.graph.config.engine.memory_budget
+        memory = int(of_a_row * n_bank) if fits_memory(n_bank, width, budget) else budget
         queries = at_once * (4 * width + 8 * k + 16 * (k + SPARE))
         self._takes(stage, memory + queries, min(memory, 4 * n_bank * width) + queries, memory + queries + WORK)
 
@@ -481,7 +487,10 @@ class _Reckoning:
                     searches, work = counts(n_bank)
                     key, width = (member.architecture, probe.index), stored_width(probe)
                     for _ in range(searches):
-                        self._search(stage, key, n_bank, width, self.graph.points, 1, stage.units, self.graph.config.k)
+                        self._search(
+                            stage, key, n_bank, width, self.graph.points, self.graph.blocks, stage.units,
+                            self.graph.config.k,
+                        )  # fmt: skip
                     stage.work += work
 
     def _keep(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
@@ -501,34 +510,34 @@ class _Reckoning:
             for probe in self.graph.probes[member.architecture]:
                 stage.work += self._sample
                 stage.written += npy_bytes(np.int32, self._sample)
-                if not may_err(config, probe):
-                    continue
-                n_bank = self._bank(member)
-                before = stage.read
-                self._search(
-                    stage, (member.architecture, probe.index), n_bank, probe.width, self._sample, 1, stage.units,
-                    config.k,
-                )  # fmt: skip
                 if probe.reduction != "none":
-                    stage.read = before
-                    self._embed_again(stage, member, probe, n_bank)
+                    self._embed_again(stage, member, probe)
+                elif may_err(config, probe):
+                    key = member.architecture, probe.index
+                    self._search(
+                        stage, key, self._bank(member), probe.width, self._sample, 1, stage.units, config.k
+                    )  # fmt: skip
 
-    def _embed_again(self, stage: Stage, member: Member, probe: Probe, n_bank: int) -> None:
+    def _embed_again(self, stage: Stage, member: Member, probe: Probe) -> None:
         """A bank of whole embeddings is made by the network whenever it is read, and so are the queries."""
-        graph, engine = self.graph, self.graph.config.engine
-        rows, at_once = cut(n_bank, probe.width, engine.memory_budget)
-        embedded = graph.points
-        if not fits_memory(n_bank, probe.width, engine.memory_budget):
+        graph, engine, n_bank = self.graph, self.graph.config.engine, self._bank(member)
+        times = 1 + self._looks(n_bank, probe.width, self._sample)
+        if probe.index == 0:
+            # The input needs no network, nor the others of its batch.
+            again, of_network = n_bank * times + self._sample, 0
+        else:
             # A tile's first and last batch are made for the tile before and the one after it as well.
-            embedded = int(graph.points * (1 + engine.batch_size / rows)) * (1 + -(-self._sample // at_once))
-        embedded += min(self._sample * engine.batch_size, graph.points)
-        network = self.networks[member.architecture]
-        stage.read += 4 * embedded * math.prod(self._input.shape)
-        stage.flops += embedded * network.forward
-        wider = probe.width / stored_width(probe)
-        stage.seconds += embedded * (self.rates.read + self.rates.embed[member.architecture])
-        rates = self.rates.search[member.architecture, probe.index]
-        stage.seconds += (wider - 1) * (rates.ready.at(n_bank) + self._sample * rates.ask.at(n_bank))
+            tiles = -(-n_bank // cut(n_bank, probe.width, engine.memory_budget)[0]) if times > 1 else 1
+            of_batches = min(graph.points + (tiles - 1) * engine.batch_size, tiles * graph.points)
+            again = times * of_batches + min(self._sample * engine.batch_size, graph.points)
+            of_network = again
+        rates, wider = self.rates.search[member.architecture, probe.index], probe.width / stored_width(probe)
+        stage.read += 4 * again * math.prod(self._input.shape)
+        stage.flops += of_network * self.networks[member.architecture].forward
+        stage.flops += 2.0 * self._sample * n_bank * probe.width
+        stage.seconds += again * self.rates.read + of_network * self.rates.embed[member.architecture]
+        stage.seconds += wider * (times * rates.ready.at(n_bank) + self._sample * rates.ask.at(n_bank))
+        self._holds(stage, 8 * probe.width, n_bank, probe.width, self._sample, graph.config.k)
 
     def _reduce(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         n = self.graph.points
