@@ -256,22 +256,41 @@ def test_a_described_plan_needs_no_ray():
     assert said.stdout.strip() == "False"
 
 
-def test_the_command_prints_all_of_it_as_json(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def plan_command(tmp_path, monkeypatch, capsys):
+    """`leadline plan tiny.yaml` on described nodes: (exit code, standard output, standard error)."""
     from leadline import cli
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     threads = torch.get_num_threads()
-    monkeypatch.setattr(
-        sys, "argv", ["leadline", "plan", "tiny.yaml", "--nodes", "2", "--cpus-per-node", "2", "--price", "1", "--json"]
-    )
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["leadline", "plan", "tiny.yaml", "--nodes", "2", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    yield call
     torch.set_num_threads(threads)
-    assert ended.value.code == 0
-    plan = json.loads(capsys.readouterr().out)
+
+
+def test_the_command_prints_all_of_it_as_json(plan_command, tmp_path):
+    code, out, err = plan_command("--cpus-per-node", "2", "--price", "1", "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
     assert [stage["name"] for stage in plan["stages"]] == ["train", "embed", "share", "vote", "reduce", "combine"]
     assert plan["cluster"]["workers"] == 2 and plan["cost"] > 0 and plan["seconds"] > plan["start"]
     assert all(stage["seconds"] > 0 for stage in plan["stages"])
     assert any("measured" in text for text in plan["assumptions"])
-    assert not list(tmp_path.glob("*[!l]"))  # nothing is left behind
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]  # nothing is left behind
+
+
+def test_the_command_shows_what_it_refuses(plan_command):
+    code, out, err = plan_command("--cpus-per-node", "2", "--set", "engine.workers=4", "--memory-per-node", "1")
+    assert code == 2 and len(err.splitlines()) == 1 and "memory: 2 workers of a node" in err
+    for word in ("train", "embed", "vote", "from beginning to end", "advice: 2 groups of members have 4 places"):
+        assert word in out, out
+    code, out, err = plan_command("--set", "points={source: npy, inputs: no.npy, labels: no.npy}")
+    assert (code, out) == (2, "") and "--points TRAIN+TEST" in err

@@ -17,7 +17,8 @@ import numpy as np
 from leadline.cluster.graph import SHARE_OF_DISK, STAGES, Graph
 from leadline.cluster.rates import BACKWARD, Network, Rates
 from leadline.cluster.units import OUTPUTS, PART, VOTES, Member, blocks, found_by_point, may_err, shard_edges
-from leadline.embedding.principal import search_bytes
+from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
+from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
 from leadline.knn.choice import candidates
 from leadline.knn.exact import SPARE, cut, fits_memory
@@ -32,6 +33,7 @@ SIMULATED = 4096  # units of a step whose order is played through; more of them 
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
 TABLES = 4  # that the driver writes, run.json among them
+HANDED_OUT = 500  # units a second, by the driver, at least
 IDLE = 0.5  # share of the workers' time that is worth a word where it is not used
 
 
@@ -124,8 +126,8 @@ class Plan:
 
 def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rates: Rates) -> Plan:
     """Plan a run on a cluster by what one of its workers does in a second."""
-    members, size = graph.members, graph.config.engine.group_size
-    groups = [members[first:stop] for first, stop in blocks(len(members), size)]
+    engine, members = graph.config.engine, graph.members
+    groups = [members[first:stop] for first, stop in blocks(len(members), engine.group_size)]
     largest = max(graph.embedding_bytes(group) for group in groups)
     placement = graph.placement(largest, cluster.is_local)
     places = {"shared": 1, "node": min(cluster.nodes, cluster.workers), "resident": cluster.workers}[placement]
@@ -136,12 +138,11 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         for name, stage in work.items():
             stages[name].add(stage)
     combine = reckoning.combine()
-    combine.seconds += TABLES * rates.file
-    in_memory = cluster.is_local and placement == "shared" and graph.config.engine.scratch is None
-    in_memory = in_memory and largest <= cluster.free
-    room = cluster.free if in_memory else int(SHARE_OF_DISK * cluster.disk)
-    at_a_time = {"shared": max(1, room // largest), "node": min(ON_A_NODE, cluster.disk // largest), "resident": 1}
-    together = max(1, at_a_time[placement])
+    in_memory = cluster.is_local and placement == "shared" and engine.scratch is None and largest <= cluster.free
+    room = _room(cluster, placement, in_memory)
+    together = {"shared": room // largest, "node": min(ON_A_NODE, room // largest), "resident": 1}[placement]
+    elapsed = _elapsed(works, cluster.workers, places, placement, together)
+    handed_out = sum(stage.units for stage in stages.values()) / HANDED_OUT
     plan = Plan(
         name=graph.config.name,
         points=graph.points,
@@ -153,10 +154,7 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         base=rates.memory,
         scratch=largest,
         start=rates.start,
-        seconds=rates.start
-        + (0 if graph.train_only else rates.first)
-        + combine.seconds
-        + _elapsed(works, cluster.workers, places, placement, together),
+        seconds=rates.start + rates.first + max(elapsed, handed_out) + combine.seconds,
         assumptions=[*rates.said, *reckoning.said()],
     )
     plan.refused = _refused(plan, in_memory, room)
@@ -164,25 +162,35 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
     return plan
 
 
-def _elapsed(
-    works: list[dict[str, Stage]], workers: int, places: int, placement: str, together: int
-) -> float:  # fmt: skip
+def _room(cluster: Cluster, placement: str, in_memory: bool) -> int:
+    """Bytes for the embeddings of groups of members, at each place."""
+    if in_memory:
+        return cluster.free
+    if placement == "shared":
+        return int(SHARE_OF_DISK * cluster.disk)
+    return cluster.disk if placement == "node" else cluster.disk // _per_node(cluster)
+
+
+def _per_node(cluster: Cluster) -> int:
+    return -(-cluster.workers // cluster.nodes)
+
+
+def _elapsed(works: list[dict[str, Stage]], workers: int, places: int, placement: str, together: int) -> float:
     """Seconds until the last group is done. together: groups that are at a place at a time, so that one fills the gaps
     that another leaves; only the last has its own to the end.
     """
     if placement == "shared":
         return _of_a_place(works, workers, together)
     trained = _makespan([work["train"] for work in works], workers)
-    rest = [{name: stage for name, stage in work.items() if name != "train"} for work in works]
     at: list[list[dict[str, Stage]]] = [[] for _ in range(places)]
-    for number, work in enumerate(rest):
-        at[number % places].append(work)
+    for number, work in enumerate(works):
+        at[number % places].append({name: stage for name, stage in work.items() if name != "train"})
     own = max(1, workers // places)
     return trained + max(_of_a_place(some, own, together) for some in at if some)
 
 
 def _of_a_place(works: list[dict[str, Stage]], workers: int, together: int) -> float:
-    alone = works if together == 1 else works[-1:]
+    alone = works if together <= 1 else works[-1:]
     filled = sum(stage.seconds for work in works[: len(works) - len(alone)] for stage in work.values()) / workers
     return filled + sum(_makespan([work[n] for n in names if n in work], workers) for work in alone for names in STEPS)
 
@@ -227,7 +235,7 @@ def _refused(plan: Plan, in_memory: bool, room: int) -> list[str]:
             f"scratch: the embeddings of a group of members take {_bytes(plan.scratch)}, and there is room for "
             f"{_bytes(room)}; lower engine.group_size, or choose a reduction, as jl:1024, also for the input"
         )
-    per_node = -(-cluster.workers // cluster.nodes)
+    per_node = _per_node(cluster)
     most = max(plan.stages, key=lambda stage: stage.memory)
     needed = per_node * (plan.base + most.memory) + (plan.scratch if in_memory else 0)
     if needed > cluster.memory:
@@ -317,6 +325,7 @@ class _Reckoning:
         said = [
             "left out: hashing the data's contents before the run, and records of units (some hundred bytes each)",
             "inputs are counted as decoded, 4 bytes a value; tables before they are compressed",
+            f"the driver hands out {HANDED_OUT} units a second",
         ]
         if graph.config.votes == "until-decided":
             said.append("votes until-decided: counted as if every vote were needed, the most that there may be")
@@ -346,7 +355,8 @@ class _Reckoning:
         n = self.graph.points * len(self.graph.members)
         row = _row_bytes()
         seconds = self.rates.reduce * 3 * n  # columns of depths, as many as three votes have
-        return Stage("combine", "points", 1, self.graph.points, read=n * row, written=0, seconds=seconds)
+        seconds += TABLES * self.rates.file
+        return Stage("combine", "points", 1, self.graph.points, read=n * row, seconds=seconds)
 
     def _train(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         values = math.prod(self._input.shape)
@@ -365,7 +375,12 @@ class _Reckoning:
                 stage.read += kept or 4 * values * recipe.steps * batch
                 stage.seconds += self.rates.read * (n if kept else recipe.steps * batch)
                 needed = 3 * network.weights + kept + batch * (network.saved + 4 * values)  # with gradients, momentum
-            needed += max((search_bytes(p.width, r.size[0]) for p, r in fitted), default=0)
+            if fitted:
+                needed += max(search_bytes(p.width, r.size[0]) for p, r in fitted)
+                sample = min(n, max(SAMPLE, SAMPLE_OF_EACH * max(r.size[0] for _, r in fitted)))
+                passed = PASSES * sample
+                stage.flops += passed * network.forward
+                stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
             self._takes(stage, needed, kept + network.weights)
 
     def _embed(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
