@@ -42,3 +42,21 @@ def embedded(config, root):
     for shard in range(len(bench.shards)):
         bench.embed(directory, members, shard)
     return bench, directory, members
+
+
+def descendants(ancestor):
+    """Processes below another, as Linux lists them: {id: command line}."""
+    parents, commands = {}, {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            commands[int(status.parent.name)] = (status.parent / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue  # it ended while we looked
+
+    def is_below(process):
+        while process in parents and process != ancestor:
+            process = parents[process]
+        return process == ancestor
+
+    return {process: command for process, command in commands.items() if process != ancestor and is_below(process)}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from tiny import TINY, embedded, tables_of
 
 import leadline
 from leadline.cluster import driver, units
+from leadline.cluster.graph import Graph
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, read_probes
 from leadline.members.weights import load_weights
 from leadline.report import print_summary
+from leadline.store import RunDirectory
 from leadline.store.files import read_json, write_json
 from leadline.store.schemas import AUDIT_FIELDS, MEMBERS, PROBES
 from leadline.store.tables import read_table
@@ -44,6 +47,15 @@ RESNET = {
     "audit": {"sample": 1797},
 }
 MLP = {**TINY, "reduction": {"hidden.*": "jl:6", "input": "pool:2x2"}, "audit": {"sample": 700, "seed": 3}}
+
+
+def planned(bench, members, probes, stage):
+    """Member and probe of the units of one stage, in a run of members with these probes."""
+    rows = {member.name: 1617 for member in members}
+    graph = Graph(bench.config, members, {"mlp": probes}, bench.common, rows, 1797, len(bench.shards), 1)
+    units = graph.units(0, members, RunDirectory(Path("nowhere")))
+    assert graph.totals(members)[stage] == sum(unit.stage == stage for unit in units)
+    return [unit.arguments[1:] for unit in units if unit.stage == stage]
 
 
 def voted(bench, directory, members):
@@ -97,7 +109,7 @@ def test_the_audit_of_all_points_is_a_comparison_with_full_width(tmp_path, votes
     assert (found < 0).any() == (votes == "until-decided")
     depths, prediction = table["depth"].to_numpy(), table["prediction"].to_numpy()
     slow = np.zeros(1797, int)
-    reductions = [probe["reduction"] for probe in bench._probes(directory, member)]
+    reductions = [probe.reduction for probe in bench._probes(directory, member)]
     assert reductions == ["jl:20", "pca:8", "jl:8", "pool:1x1", "pool:1x1", "none", "none"]
     for probe, audit in enumerate(record["probes"]):
         neighbours = nearest(whole[probe], bank, k)
@@ -153,15 +165,14 @@ def test_where_no_probe_is_narrowed_there_is_no_audit(tmp_path):
     """`jl:100` is wider than every layer: what is stored is the whole, and the votes are exact."""
     config = {**TINY, "reduction": "jl:100"}
     bench, directory, members = embedded(config, tmp_path)
-    probes = {member.name: bench._probes(directory, member) for member in members}
-    plan = [bench.config, bench.common, members, members, probes]
-    assert driver._units_beside("audit", *plan) == []
+    probes = bench._probes(directory, members[0])
+    assert planned(bench, members, probes, "audit") == []
     voted(bench, directory, members)
     record = read_json(directory.record("reduce", members[-1].name))
     assert record["audit"] == {} and record["probes"] == [{"method": "exact"}] * 4
-    # One narrow probe is enough for an audit of the depths, to which all probes belong; other members have none.
-    probes["mlp-1"][2]["reduction"] = "jl:8"
-    assert driver._units_beside("audit", *plan) == [(members[1], probe) for probe in range(4)]
+    # One narrow probe is enough for an audit of the depths, to which all probes belong.
+    probes[2] = replace(probes[2], reduction="jl:8")
+    assert planned(bench, members, probes, "audit") == [(member, probe) for member in members for probe in range(4)]
 
 
 # By `auto`
@@ -213,9 +224,7 @@ def test_auto_tries_a_reduced_probe_that_is_searched_exactly(tmp_path):
     }
     bench, directory, members = embedded(config, tmp_path)
     assert bench.common.pays
-    probes = {member.name: bench._probes(directory, member) for member in members}
-    plan = [bench.config, bench.common, members, members, probes]
-    tried = driver._units_beside("trial", *plan)
+    tried = planned(bench, members, bench._probes(directory, members[0]), "trial")
     assert tried == [(members[0], probe) for probe in (0, 1, 2)]
     for unit in ((members[0], 0), (members[0], 2)):
         bench.trial(directory, *unit)

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
-from tiny import TINY, tables_of
+from tiny import TINY, descendants, tables_of
 
 import leadline
 from leadline import LeadlineError
@@ -184,24 +184,6 @@ def test_a_worker_that_dies_is_replaced(tiny_run, tmp_path):
         _, errors = driver.communicate(timeout=120)
         assert driver.returncode == 0, errors
     assert tables_of(run) == tables_of(tiny_run.directory.root)
-
-
-def descendants(ancestor):
-    """Processes below another, as Linux lists them: {id: command line}."""
-    parents, commands = {}, {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-            commands[int(status.parent.name)] = (status.parent / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue  # it ended while we looked
-
-    def is_below(process):
-        while process in parents and process != ancestor:
-            process = parents[process]
-        return process == ancestor
-
-    return {process: command for process, command in commands.items() if process != ancestor and is_below(process)}
 
 
 def test_a_finished_run_is_only_opened(tiny_run, tmp_path):

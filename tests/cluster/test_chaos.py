@@ -1,0 +1,100 @@
+"""A run on a cluster in which workers, a node and the driver are killed at random, again and again."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from ray.cluster_utils import Cluster
+from tiny import TINY, descendants, tables_of
+
+import leadline
+from leadline.store.verify import verify
+
+pytestmark = pytest.mark.slow
+LEADLINE = str(Path(sys.executable).with_name("leadline"))
+MOST = 12  # tries of the driver
+
+
+def image_folder(root, n):
+    """JPEGs [n] of ten classes, brighter from one to the next, in noise; a tenth of them in `val`."""
+    random_ = np.random.default_rng(0)
+    for i in range(n):
+        folder = root / ("val" if i % 10 == 9 else "train") / f"class{i % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random_.normal(30 + 30 * (i % 7), 40, (20, 18, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:05d}.jpg")
+
+
+def of_images(root):
+    return {
+        "name": "images",
+        "points": {
+            "source": "image-folder", "train": str(root / "train"), "test": str(root / "val"), "resize": 16, "crop": 16,
+        },
+        "members": [{
+            "architecture": "mlp", "parameters": {"width": 32, "depth": 3}, "count": 3, "split": {"kind": "random"},
+            "training": {"steps": 40, "batch": 64, "precision": "float32"},
+        }],
+        "k": 10,
+        "engine": {"batch_size": 128, "shard_size": 1024, "query_block": 1000, "group_size": 1},
+    }  # fmt: skip
+
+
+def killed_at_random(command, nodes, seed):
+    """Run the command again and again until it ends well; something is killed every few seconds. Returns the logs."""
+    chance, logs, lost = random.Random(seed), [], []
+    for attempt in range(MOST):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+            until = time.monotonic() + chance.uniform(4, 20)
+            while driver.poll() is None and attempt < MOST - 1:
+                time.sleep(chance.uniform(0.5, 4))
+                actors = [p for p, name in descendants(os.getpid()).items() if name.startswith("ray::_Actor")]
+                if actors and chance.random() < 0.5:
+                    os.kill(chance.choice(actors), signal.SIGKILL)
+                    lost.append("worker")
+                elif chance.random() < 0.2 and "node" not in lost:
+                    nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+                    nodes.add_node(num_cpus=1, object_store_memory=80_000_000)
+                    lost.append("node")
+                if time.monotonic() > until and driver.poll() is None:
+                    driver.send_signal(signal.SIGKILL)
+                    lost.append("driver")
+            logs.append(driver.stderr.read())
+        if driver.returncode == 0:
+            return logs, lost
+        assert driver.returncode in (-signal.SIGKILL, 2), logs[-1]
+    raise AssertionError(logs[-1])
+
+
+@pytest.mark.parametrize("placement", ["resident", "node", "shared"])
+@pytest.mark.parametrize("data", ["digits", "images"])
+@pytest.mark.timeout(900)
+def test_tables_are_those_of_an_undisturbed_run(tiny_run, tmp_path, placement, data):
+    config = TINY
+    if data == "images":
+        image_folder(tmp_path / "images", int(os.environ.get("LEADLINE_TEST_IMAGES", "10000")))
+        config = of_images(tmp_path / "images")
+    expected = tiny_run if data == "digits" else leadline.run(config, tmp_path / "undisturbed")
+    engine = {**config["engine"], "placement": placement, "scratch": str(tmp_path / "scratch"), "workers": 2}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**config, "engine": engine}))
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=1, object_store_memory=80_000_000)
+        command = [LEADLINE, "run", str(file), "--out", str(tmp_path / "run"), "--address", nodes.address]
+        logs, lost = killed_at_random(command, nodes, seed=1)
+    finally:
+        nodes.shutdown()
+    assert {"worker", "driver"} <= set(lost), lost
+    assert any("are there already" in log for log in logs[1:])
+    assert tables_of(tmp_path / "run") == tables_of(expected.directory.root)
+    assert verify(leadline.open(tmp_path / "run").directory) == []
