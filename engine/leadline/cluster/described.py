@@ -130,17 +130,13 @@ def describe_cluster(
 def plan_described(graph: Graph, points: Outline, cluster: Cluster, gpu: str | None) -> Plan:
     """Plan a run on a cluster that is not at hand: its GPUs' rates are assumed, its CPUs taken to be as this one's."""
     networks = networks_of(graph, points)
-    made_up = isinstance(points, Described)
-    read, of_reading = measure_reading(graph.config.points, points, at_hand=not made_up)
+    read, of_reading = measure_reading(graph.config.points, points, at_hand=not isinstance(points, Described))
     if gpu is not None and graph.config.engine.gpus:
         rates = assumed(graph, networks, gpu, read)
-    else:
-        rates = measure(graph, points, Path(tempfile.gettempdir()), Path.cwd())
-        said = (
-            *rates.said,
-            f"assumed, not measured: {START:g} s until workers are there; their CPUs are as this one's",
-        )
-        if made_up:
-            said = (*said, "points are made up at random: in real ones, bounds leave more out of a search")
-        rates = replace(rates, read=read, start=START, said=said)
-    return plan_of(graph, networks, cluster, replace(rates, said=(*rates.said, of_reading)))
+        return plan_of(graph, networks, cluster, replace(rates, said=(*rates.said, of_reading)))
+    rates = measure(graph, points, Path(tempfile.gettempdir()), Path.cwd())
+    said = (*rates.said, f"assumed: {START:g} s until workers are there, whose CPUs are as this machine's")
+    if isinstance(points, Described):
+        said = (*said, "points are made up at random; in real ones, bounds leave more out of a search", of_reading)
+        rates = replace(rates, read=read)
+    return plan_of(graph, networks, cluster, replace(rates, start=START, said=said))

@@ -185,11 +185,8 @@ def _reducers(probes: list[Probe], device: str) -> list[Reducer]:
     for probe in probes:
         reduction = parse_reduction(probe.reduction)
         if reduction.kind == "pca":
-            mean, matrix = (
-                torch.zeros(probe.width, device=device),
-                torch.zeros(probe.width, *reduction.size, device=device),
-            )
-            directions[probe.index] = Directions(mean, matrix)
+            mean = torch.zeros(probe.width, device=device)
+            directions[probe.index] = Directions(mean, mean.new_zeros(probe.width, *reduction.size))
     return make_reducers(probes, directions)
 
 
@@ -283,7 +280,7 @@ def measure(graph: Graph, points: Outline, scratch: Path, tables: Path) -> Rates
     device = torch.device("cuda" if config.engine.gpus else "cpu")
     models = {entry.label: _ready(entry, points, device) for entry in config.members}
     started = time.perf_counter()
-    _search_once(np.random.default_rng(0).standard_normal((QUERIES, 100), np.float32), graph, config.k, device)
+    _search_once(np.random.default_rng(0).standard_normal((QUERIES, 100), np.float32), graph, False, device)
     first = min(time.perf_counter() - started, FIRST)
     step = {
         entry.label: _seconds_of_a_step(entry, points, models[entry.label], device, len(config.members))
@@ -299,8 +296,8 @@ def measure(graph: Graph, points: Outline, scratch: Path, tables: Path) -> Rates
         del batch
         rows, read, embed[entry.label] = _sample(graph, entry.label, points, models[entry.label], device)
         for probe, values in zip(probes, rows, strict=True):
-            k = graph.common.k if probe.index == 0 and graph.common.pays else config.k
-            search[entry.label, probe.index] = _search_rates(values, graph, min(k, len(values) // 5), device)
+            shared = probe.index == 0 and graph.common.pays
+            search[entry.label, probe.index] = _search_rates(values, graph, shared, device)
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         move = _seconds_of_a_byte(Path(place))
     with tempfile.TemporaryDirectory(dir=tables) as place:
@@ -397,18 +394,18 @@ def _sample(
     return [values[:done] for values in rows], reading / done, embedding / done
 
 
-def _search_rates(rows: Array, graph: Graph, k: int, device: torch.device) -> Search:
+def _search_rates(rows: Array, graph: Graph, shared: bool, device: torch.device) -> Search:
     """Two sizes tell how the search grows with its bank; the first search of each has things to load, or to compile."""
     n, few = len(rows), len(rows) // 4
-    _search_once(rows, graph, k, device)
+    _search_once(rows, graph, shared, device)
     reset_peak()
     before = resident_bytes()[0]
-    ready, ask = _search_once(rows, graph, k, device)
+    ready, ask = _search_once(rows, graph, shared, device)
     taken = max(0, resident_bytes()[1] - before)
     powers = 1.0, 1.0
-    if few > 2 * k:
-        _search_once(rows[:few], graph, k, device)
-        less = _search_once(rows[:few], graph, k, device)
+    if few > 2 * graph.config.k:
+        _search_once(rows[:few], graph, shared, device)
+        less = _search_once(rows[:few], graph, shared, device)
         powers = _power(ready, less[0], n / few, 1.5), _power(ask, less[1], n / few, 1.0)
     memory = 4 * rows.shape[1] + min(taken / n, 4 * rows.shape[1])
     return Search(Law(n, ready, powers[0]), Law(n, ask, powers[1]), memory)
@@ -418,17 +415,20 @@ def _power(more: float, less: float, ratio: float, most: float) -> float:
     return min(max(math.log(more / less) / math.log(ratio), 0.0), most)
 
 
-def _search_once(rows: Array, graph: Graph, k: int, device: torch.device) -> tuple[float, float]:
-    """Seconds to make a bank ready, and for each query, among rows that are all in the bank."""
+def _search_once(rows: Array, graph: Graph, shared: bool, device: torch.device) -> tuple[float, float]:
+    """Seconds to make a bank ready, and for each query, among rows that are all in the bank.
+
+    shared: for the neighbours that members share, of which there are more, and in order.
+    """
     n = min(QUERIES, len(rows))
-    own = np.arange(n)
+    k = min(graph.common.k if shared else graph.config.k, len(rows) - 1)
     labels = np.arange(len(rows)) % 10
     started = time.perf_counter()
     bank = Bank(rows, device, graph.config.engine.memory_budget)
     ready = time.perf_counter() - started
     started = time.perf_counter()
-    found, _ = bank.search(rows[:n], k, own)
-    if k == graph.common.k and graph.common.pays:
+    found, _ = bank.search(rows[:n], k, np.arange(n))
+    if shared:
         bank.by_distance(rows[:n], found)
     count_votes(labels[found])
     return ready, (time.perf_counter() - started) / n
