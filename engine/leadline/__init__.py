@@ -8,7 +8,7 @@ from leadline.knn import Votes, knn_votes
 from leadline.one_model import prediction_depth
 
 if TYPE_CHECKING:
-    from leadline.cluster import run
+    from leadline.cluster.driver import run
     from leadline.query import Run
     from leadline.query import open_run as open
 
@@ -18,7 +18,7 @@ __all__ = ["LeadlineError", "Run", "Votes", "depth_from_votes", "knn_votes", "op
 def __getattr__(name: str) -> Any:
     # Runs need Ray and DuckDB, the other names do not: these are imported when they are first asked for.
     if name == "run":
-        from leadline.cluster import run
+        from leadline.cluster.driver import run
 
         return run
     if name in ("open", "Run"):

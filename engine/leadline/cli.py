@@ -225,10 +225,7 @@ def probes(
     from leadline.members.probes import place_probes
     from leadline.report.summary import as_table
 
-    sizes = shape.split("x")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise LeadlineError(f"--input: {shape!r} is no shape; write sizes with x between them, as 3x32x32")
-    input_shape = tuple(int(size) for size in sizes)
+    input_shape = _sizes(shape)
     given: dict[str, Any] = {}
     for parameter in parameters or []:
         apply_override(given, parameter)
@@ -239,6 +236,66 @@ def probes(
         {"probe": [p.index for p in placed], "name": [p.name for p in placed], "width": [p.width for p in placed]}
     )
     _console().print(as_table(table, f"{model}: {len(placed)} probes"))
+
+
+@app.command("plan")
+def plan_command(
+    config: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the configuration")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster; by default this machine")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="describe a cluster of so many nodes; nothing is started")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="of the described nodes: h100 or h200")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="by default 8 of those")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-node", min=1)] = None,
+    memory: Annotated[float | None, typer.Option("--memory-per-node", min=1, help="GB")] = None,
+    scratch: Annotated[
+        float | None, typer.Option(min=1, help="GB on the disks of a described node, or in the folder that all share")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a node for an hour, in any currency")] = None,
+    points: Annotated[
+        str | None, typer.Option(metavar="TRAIN[+TEST]", help="describe points that are not at hand: how many")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=2, help="of described points")] = 10,
+    shape: Annotated[str | None, typer.Option("--input", help="theirs, as 3x32x32; by default as cropped")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all of it as JSON")] = False,
+) -> None:
+    """Say what a run will take before it runs: units, bytes, memory, time and cost; exit code 2 where it cannot be."""
+    sys.path.insert(0, str(Path.cwd()))
+    from leadline.cluster import described
+    from leadline.cluster.graph import graph_of
+    from leadline.config import load_config
+    from leadline.report import print_plan
+
+    run = described.without_downloads(load_config(config, tuple(overrides or ())))
+    at = described.points_of(run.points, points, classes, _sizes(shape) if shape else None)
+    graph = graph_of(run, at)
+    if nodes:
+        cluster = described.describe_cluster(
+            run.engine, nodes=nodes, cpus=cpus, gpus=gpus, gpu=gpu, memory=memory and memory * 1e9,
+            scratch=scratch and scratch * 1e9, price=price,
+        )  # fmt: skip
+        plan = described.plan_described(graph, at, cluster, gpu)
+    else:
+        from leadline.cluster.at_hand import plan_at_hand
+
+        plan = plan_at_hand(graph, at, address, price)
+    if as_json:
+        print(json.dumps(plan.record(), indent=1))
+    else:
+        print_plan(plan.record(), _console())
+    if plan.refused:
+        raise LeadlineError("; ".join(plan.refused))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise LeadlineError(f"--input: {text!r} is no shape; write sizes with x between them, as 3x32x32")
+    return tuple(int(size) for size in sizes)
 
 
 def _console() -> Console:

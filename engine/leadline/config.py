@@ -207,6 +207,11 @@ class Engine(Section):
         default=False, description="keep banks and indexes in the run, for the depths of new points"
     )
 
+    def workers_in(self, cpus: float, gpus: float) -> int:
+        """How many actors there is room for."""
+        room = int(cpus // self.threads)
+        return min(room, int(gpus // self.gpus)) if self.gpus else room
+
 
 class Audit(Section):
     """How the error of indexes and reductions is measured: a random sample is answered exactly at full width too."""

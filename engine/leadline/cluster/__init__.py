@@ -1,5 +1,1 @@
-"""Runs on Ray: units, actors, scheduling, progress. The only room that imports ray."""
-
-from leadline.cluster.driver import run
-
-__all__ = ["run"]
+"""Runs on Ray: units, actors, scheduling, progress, plans. The only room that imports ray."""

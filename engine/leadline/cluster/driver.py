@@ -1,13 +1,12 @@
 """A run from its configuration to its tables, on Ray."""
 
-import fnmatch
 import os
 import platform
 import shutil
 import sys
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
@@ -17,24 +16,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from rich.console import Console
 
-from leadline.cluster.graph import STAGES, Graph
+from leadline.cluster.graph import SHARE_OF_DISK, SHARE_OF_MEMORY, STAGES, Graph, graph_of
 from leadline.cluster.pool import MEMORY, Ended, Failure, Place, Pool, Scratch, connected, untried
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
-from leadline.cluster.units import Member, bank_of_all, blocks, list_members, shard_edges
+from leadline.cluster.units import Member, blocks, shard_edges
 from leadline.cluster.watch import Watch, watched
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
-from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
+from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.machine import processor
-from leadline.members.architectures import build
-from leadline.members.probes import Probe, place_probes
-from leadline.members.splits import training_ids
+from leadline.members.probes import Probe
 from leadline.points import TRAIN, Points, open_points
 from leadline.query import Run
 from leadline.store import RunDirectory
@@ -46,8 +42,6 @@ from leadline.store.tables import ROWS, read_table, write_table
 
 ELSEWHERE = Path(os.devnull) / "scratch"  # of embeddings that only their workers see: nothing is ever there
 GROUPS_OF_A_WORKER = 2  # groups of members that are taken in for each worker, where each has its own place
-SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
-SHARE_OF_DISK = 0.8  # of what is free, for embeddings
 TOLD = 3  # errors of units that are quoted
 
 
@@ -68,11 +62,9 @@ def run(
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     points = open_points(config.points)
-    members = list_members(config)
-    bank_rows = {member.name: _check_bank(config, points, member) for member in members}
-    probes = _place_probes(config, points)
+    graph = graph_of(config, points, train_only)
     directory = RunDirectory(place_of(out or Path("runs") / config.name))
-    manifest = _manifest(config, points, members)
+    manifest = _manifest(config, points, graph.members)
     if directory.status(manifest) == "complete":
         return Run(directory)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
@@ -84,54 +76,21 @@ def run(
         if directory.begin(manifest):
             return Run(directory)  # another driver was faster
         sweep(directory.root)
-        stages.say(f"{config.name}: {len(points):,} points, {len(members)} members, in {directory.root}")
+        stages.say(f"{config.name}: {len(points):,} points, {len(graph.members)} members, in {directory.root}")
         _write_points(directory, points, stamps)
         with connected(config.engine, address) as is_local:
-            graph = Graph(
-                config, members, probes, bank_of_all(config, points.parts), bank_rows, len(points),
-                len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
-            )  # fmt: skip
             _compute(graph, directory, (config, stamps), is_local, watch, lease)
         if not train_only:
             lease.check()
             directory.free_scratch()
-            _combine(directory, members, points, config, stamps)
+            _combine(directory, graph.members, points, config, stamps)
             digests = directory.digests()
             lease.check()
             directory.complete(digests, stages.report())
     return Run(directory)
 
 
-def _check_bank(config: RunConfig, points: Points, member: Member) -> int:
-    """The rows of a member's bank. Raises LeadlineError where they are too few."""
-    ids = training_ids(member.config.split, points.parts, member.seed)
-    if len(ids) - config.leave_one_out < config.k:
-        raise LeadlineError(
-            f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
-            f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
-        )
-    return len(ids)
-
-
-def _place_probes(config: RunConfig, points: Points) -> dict[str, list[Probe]]:
-    """The probes of each architecture, as its members will have them: mistakes are told before any work is paid for."""
-    example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
-    placed: dict[str, list[Probe]] = {}
-    for entry in config.members:
-        model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
-        probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
-        placed[entry.label] = list(probes)
-    names = list(dict.fromkeys(probe.name for probes in placed.values() for probe in probes))
-    check_patterns(config.reduction, names)
-    for name in names:
-        config.method_of(name)
-    for pattern in config.method if isinstance(config.method, dict) else ():
-        if not fnmatch.filter(names, pattern):
-            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(names)}")
-    return placed
-
-
-def _manifest(config: RunConfig, points: Points, members: list[Member]) -> dict[str, Any]:
+def _manifest(config: RunConfig, points: Points, members: Sequence[Member]) -> dict[str, Any]:
     names = ("leadline", "torch", "torchvision", "numpy", "numba", "pyarrow", "ray")
     return {
         "name": config.name,
@@ -218,7 +177,7 @@ def _do(
         for unit in schedule.add(units):
             watch.ended(unit, untried("needs what an earlier unit, that was set aside, would have made"))
         if units:
-            taken[number] = _embedding_bytes(graph, groups[number])
+            taken[number] = graph.embedding_bytes(groups[number])
 
     def take_in() -> None:
         for number in [number for number in taken if not schedule.left(number)]:
@@ -227,7 +186,7 @@ def _do(
             number, group = waiting[0]
             if room is None and len(taken) >= GROUPS_OF_A_WORKER * pool.size:
                 break
-            if room is not None and taken and sum(taken.values()) + _embedding_bytes(graph, group) > room:
+            if room is not None and taken and sum(taken.values()) + graph.embedding_bytes(group) > room:
                 break
             waiting.popleft()
             add(number)
@@ -273,11 +232,9 @@ def _scratch(
     cluster see that.
     """
     engine = graph.config.engine
-    largest = max((_embedding_bytes(graph, group) for group in groups), default=0)
+    largest = max((graph.embedding_bytes(group) for group in groups), default=0)
     name = directory.scratch_name
-    placement = engine.placement
-    if placement == "auto":
-        placement = "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
+    placement = graph.placement(largest, is_local)
     scratch = Scratch(placement, engine.scratch, name, uuid.uuid4().hex[:12], largest)
     says = f"embeddings: {largest / 1e9:.2f} GB a group of members"
     if placement != "shared":
@@ -285,7 +242,7 @@ def _scratch(
             stages.say(f"{says}, placement {placement}")
         yield RunDirectory(directory.root, ELSEWHERE), None, scratch
         return
-    free = _free_memory(MEMORY / name) if engine.scratch is None and is_local else 0
+    free = free_memory(MEMORY / name) if engine.scratch is None and is_local else 0
     in_memory = largest <= free
     if engine.scratch is not None:
         directory = RunDirectory(directory.root, engine.scratch.absolute() / name)
@@ -293,7 +250,7 @@ def _scratch(
         directory = RunDirectory(directory.root, MEMORY / name)
     elif not (is_local or graph.train_only or isinstance(directory.root, Path)):
         raise LeadlineError("engine.scratch: give a folder that all nodes see; embeddings do not lie in object stores")
-    room = free if in_memory else int(SHARE_OF_DISK * _free_disk(directory.scratch))
+    room = free if in_memory else int(SHARE_OF_DISK * free_disk(directory.scratch))
     if groups and not graph.train_only:
         where = "memory" if in_memory else str(directory.scratch)
         stages.say(f"{says}, placement shared, in {where}, room for {room / 1e9:.2f} GB")
@@ -303,12 +260,6 @@ def _scratch(
         # Memory is given back also when the run ends early; on disk, finished shards wait for the next try.
         if in_memory and lease.is_held():
             directory.free_scratch()
-
-
-def _embedding_bytes(graph: Graph, group: list[Member]) -> int:
-    """Of a group of members, with the input, which is kept once for all."""
-    probes = graph.probes[group[0].architecture][:1] + [p for m in group for p in graph.probes[m.architecture][1:]]
-    return 4 * graph.points * sum(stored_width(probe) for probe in probes)
 
 
 def _written_bytes(graph: Graph, unit: Unit) -> int:
@@ -324,7 +275,7 @@ def _written_bytes(graph: Graph, unit: Unit) -> int:
     return 4 * int(stop - first) * width
 
 
-def _free_memory(place: Path) -> int:
+def free_memory(place: Path) -> int:
     """Bytes of embeddings that may lie in memory; what an earlier try left there is this run's already."""
     if not MEMORY.is_dir():
         return 0
@@ -333,14 +284,14 @@ def _free_memory(place: Path) -> int:
     return max(left, (free + left) // SHARE_OF_MEMORY)
 
 
-def _free_disk(place: Path) -> int:
+def free_disk(place: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
 
 
 def _combine(
-    directory: RunDirectory, members: list[Member], points: Points, config: RunConfig, stamps: dict[str, str]
+    directory: RunDirectory, members: Sequence[Member], points: Points, config: RunConfig, stamps: dict[str, str]
 ) -> None:
     """Write the tables of members, probes and the ensemble from what the members' reductions left."""
     trained = {m.name: read_json(directory.record("train", m.name)) for m in members}
@@ -394,7 +345,7 @@ def _probe_rows(
 
 
 def _ensemble_tables(
-    directory: RunDirectory, members: list[Member], points: Points, n_classes: int, errors: dict[str, float]
+    directory: RunDirectory, members: Sequence[Member], points: Points, n_classes: int, errors: dict[str, float]
 ) -> Iterator[pa.Table]:
     """errors: of each member's depths, see `MemberDepths`."""
     for architecture in dict.fromkeys(m.architecture for m in members):

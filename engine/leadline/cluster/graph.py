@@ -1,15 +1,34 @@
 """The units of a run, a group of members at a time: what each needs, and what is there from an earlier try."""
 
+import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import torch
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import Member, bank_parts, is_tried, may_err
+from leadline.cluster.units import (
+    Member,
+    bank_of_all,
+    bank_parts,
+    blocks,
+    is_tried,
+    list_members,
+    may_err,
+    shard_edges,
+)
 from leadline.config import RunConfig
-from leadline.members.probes import Probe
+from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.members.architectures import build
+from leadline.members.probes import Probe, place_probes
+from leadline.members.splits import training_ids
+from leadline.points import TRAIN
 from leadline.store import RunDirectory
 from leadline.store.files import read_json
 
@@ -21,13 +40,33 @@ STAGES = {
 }  # fmt: skip
 
 
+SHARE_OF_MEMORY = 4  # embeddings are kept in memory where they take at most a fourth of what is free
+SHARE_OF_DISK = 0.8  # of what is free, for embeddings
+
+
+class Outline(Protocol):
+    """What the units of a run must know of its points."""
+
+    @property
+    def parts(self) -> Array: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: Array, /) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Graph:
     """What the units of a run follow from.
 
     probes: of each architecture; common: what the members share; bank_rows: of each member, by name; points, shards,
-    blocks: how many there are.
-    train_only: members are trained, and nothing else.
+    blocks: how many there are. train_only: members are trained, and nothing else.
     """
 
     config: RunConfig
@@ -49,12 +88,26 @@ class Graph:
         for member in members:
             probes = self.probes[member.architecture]
             total["vote"] += len(probes) * self.blocks
-            total["part"] += sum(self._parts(member, probe) for probe in probes) * self.blocks
+            total["part"] += sum(self.parts(member, probe) for probe in probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
-                total[stage] += sum(self._has(stage, member, probe) for probe in probes)
+                total[stage] += sum(self.has(stage, member, probe) for probe in probes)
         if self.members[0] in members and self.common.pays:
             total["share"] = self.blocks
         return total
+
+    def embedding_bytes(self, members: Sequence[Member]) -> int:
+        """Of a group of members, with the input, which is kept once for all."""
+        probes = self.probes[members[0].architecture][:1] + [
+            probe for member in members for probe in self.probes[member.architecture][1:]
+        ]
+        return 4 * self.points * sum(stored_width(probe) for probe in probes)
+
+    def placement(self, largest: int, is_local: bool) -> str:
+        """Where embeddings lie. largest: bytes of a group's; is_local: on one machine, without a cluster."""
+        engine = self.config.engine
+        if engine.placement != "auto":
+            return engine.placement
+        return "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
 
     def units(self, group: int, members: Sequence[Member], directory: RunDirectory) -> list[Unit]:
         """What is still to be done for a group of members, whose embeddings lie in the directory's scratch."""
@@ -115,16 +168,16 @@ class Graph:
         needs = _embedded(group, member)
         for probe in self.probes[member.architecture]:
             p, bank = probe.index, ("bank", member.name, probe.index)
-            if self._has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
+            if self.has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
                 yield _unit(group, "trial", directory, (member, p), needs, (("tried", member.architecture),), bank)
-            if self._has("index", member, probe) and not _is_indexed(directory, member, p):
+            if self.has("index", member, probe) and not _is_indexed(directory, member, p):
                 tried = (("tried", member.architecture),)
                 made = (("index", member.name, p),)
                 yield _unit(group, "index", directory, (member, p), (*needs, *tried), made, bank)
-            if self._has("keep", member, probe) and not directory.bank(member.name, p).exists():
+            if self.has("keep", member, probe) and not directory.bank(member.name, p).exists():
                 # Not a vote, but it reads the embeddings too, which go when all is voted.
                 yield _unit(group, "keep", directory, (member, p), needs, (("voted", member.name),))
-            if self._has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
+            if self.has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
                 voted = (("voted", member.name),)
                 yield _unit(group, "audit", directory, (member, p), (*needs, *voted), (("audited", member.name),), bank)
 
@@ -144,7 +197,7 @@ class Graph:
                 if self._until_decided:
                     needs.append(("vote", member.name, p + 1, block))
                     made.append(("vote", member.name, p, block))
-                parts = self._parts(member, probe)
+                parts = self.parts(member, probe)
                 for part in range(parts):
                     if directory.part_cost(member.name, p, part, parts, block).name not in there:
                         found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
@@ -152,7 +205,7 @@ class Graph:
                 needs.append(("parts", member.name, p, block))
                 yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
 
-    def _parts(self, member: Member, probe: Probe) -> int:
+    def parts(self, member: Member, probe: Probe) -> int:
         """Parts of a bank that are searched apart; 0 where it is searched whole."""
         if probe.index == 0 and self.common.pays:
             return 0
@@ -163,7 +216,7 @@ class Graph:
     def _until_decided(self) -> bool:
         return self.config.votes == "until-decided"
 
-    def _has(self, stage: str, member: Member, probe: Probe) -> bool:
+    def has(self, stage: str, member: Member, probe: Probe) -> bool:
         """Whether a member's probe has a unit of one of the stages that only some runs have."""
         match stage:
             case "trial":
@@ -178,6 +231,45 @@ class Graph:
             case _:
                 # Depths are audited, and they are made from the votes at all probes.
                 return any(may_err(self.config, other) for other in self.probes[member.architecture])
+
+
+def graph_of(config: RunConfig, points: Outline, train_only: bool = False) -> Graph:
+    """The graph of a run. Raises LeadlineError for banks that are too small and probes that cannot be placed."""
+    members = list_members(config)
+    bank_rows = {member.name: _check_bank(config, points, member) for member in members}
+    return Graph(
+        config, members, _place_probes(config, points), bank_of_all(config, points.parts), bank_rows, len(points),
+        len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
+    )  # fmt: skip
+
+
+def _check_bank(config: RunConfig, points: Outline, member: Member) -> int:
+    """The rows of a member's bank. Raises LeadlineError where they are too few."""
+    ids = training_ids(member.config.split, points.parts, member.seed)
+    if len(ids) - config.leave_one_out < config.k:
+        raise LeadlineError(
+            f"k: {config.k} neighbours are asked for, but member {member.name} has a bank of {len(ids)} points "
+            f"({np.count_nonzero(points.parts == TRAIN)} in part train); lower k or give more points"
+        )
+    return len(ids)
+
+
+def _place_probes(config: RunConfig, points: Outline) -> dict[str, list[Probe]]:
+    """The probes of each architecture, as its members will have them: mistakes are told before any work is paid for."""
+    example = torch.from_numpy(points.read(np.zeros(1, np.int64)))
+    placed: dict[str, list[Probe]] = {}
+    for entry in config.members:
+        model = build(entry.architecture, entry.parameters, points.input_shape, len(points.label_names), entry.seed)
+        probes = choose_reductions(config.reduction, place_probes(model, entry.placement, example))
+        placed[entry.label] = list(probes)
+    names = list(dict.fromkeys(probe.name for probes in placed.values() for probe in probes))
+    check_patterns(config.reduction, names)
+    for name in names:
+        config.method_of(name)
+    for pattern in config.method if isinstance(config.method, dict) else ():
+        if not fnmatch.filter(names, pattern):
+            raise LeadlineError(f"method: {pattern} matches no probe; there are {', '.join(names)}")
+    return placed
 
 
 def _embedded(group: int, member: Member) -> tuple[Thing, ...]:

@@ -330,9 +330,7 @@ class Pool:
         """As many actors as are asked for, or as there is room for."""
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-        room = int(cpus // self._engine.threads)
-        if self._engine.gpus:
-            room = min(room, int(gpus // self._engine.gpus))
+        room = self._engine.workers_in(cpus, gpus)
         wanted = self._engine.workers or max(room, 1)
         if wanted > room and is_local:
             # A cluster may grow; this machine does not, and Ray would wait for ever.

@@ -107,6 +107,11 @@ def may_err(config: RunConfig, probe: Probe) -> bool:
     return config.method_of(probe.name) != "exact" or probe.reduction != "none"
 
 
+def found_by_point(k: int) -> np.dtype[Any]:
+    """A row of a file of neighbours: their point ids, or rows."""
+    return np.dtype([("point_id", np.int64), ("neighbours", np.int64, (k,))])
+
+
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
     """(first, stop) of the pieces of n things, `size` each."""
     return [(first, min(first + size, n)) for first in range(0, n, size)]
@@ -345,7 +350,7 @@ class Bench:
             )
             assert isinstance(bank, Bank)  # there is no index of the common bank
             rows, _ = bank.by_distance(self._rows(directory, "input", 0, asked), rows)
-        shared = np.empty(len(asked), [("point_id", np.int64), ("neighbours", np.int64, (self.common.k,))])
+        shared = np.empty(len(asked), found_by_point(self.common.k))
         shared["point_id"], shared["neighbours"] = asked, self.common.ids[rows]
         with replacing(directory.shared(block)) as beside:
             _save(beside, shared)
@@ -466,7 +471,7 @@ class Bench:
         """Keep what the run found for the points that are audited: the audit is of just these votes."""
         place = places(asked, self.sample)
         place = place[place >= 0]
-        sampled = np.empty(len(place), [("point_id", np.int64), ("neighbours", np.int64, (self.config.k,))])
+        sampled = np.empty(len(place), found_by_point(self.config.k))
         sampled["point_id"], sampled["neighbours"] = asked[place], neighbours[place]
         with replacing(path) as beside:
             _save(beside, sampled)

@@ -14,6 +14,7 @@ from leadline.errors import LeadlineError
 
 EXTRA = 16  # directions that are sought beside those that are kept, without which the last ones would come slowly
 ITERATIONS = 4
+PASSES = ITERATIONS + 2  # of the sample: its mean, the iterations, and the scatter
 COPIES = 4  # matrices [D, M + EXTRA] that a search holds at most
 
 # One pass over the sample: for each batch, the embeddings of every layer, float32 [B, D].
@@ -37,7 +38,7 @@ def principal_directions(sample: Pass, sizes: Sequence[int]) -> list[Directions]
     """The directions of several layers, so many of each, by subspace iteration from random signs.
 
     (Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, section 4.5.) The sample passes by
-    ITERATIONS + 2 times; memory does not depend on its size: `search_bytes` for each layer.
+    PASSES times; memory does not depend on its size: `search_bytes` for each layer.
     """
     means = _means(sample)
     bases = [_signs(len(mean), size, mean.device) for mean, size in zip(means, sizes, strict=True)]

@@ -68,11 +68,10 @@ class Bank:
             raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
         n_bank, width = rows.shape
         self._compiled = self._device.type in COMPILED
-        # float32 rows and as many bytes again for what is made of them, at most; on a device the rows are a copy.
-        fits = (self._compiled and is_in_memory(rows)) or 8 * n_bank * width <= memory_budget
-        self._step = n_bank if fits else max(kernels.BLOCK, memory_budget // (SHARE * 4 * width))
-        # Queries, each with its values and its distance from every cell's centre.
-        self._at_once = max(kernels.BLOCK, memory_budget // (SHARE * 8 * max(width, cells_of(n_bank))))
+        # On a device the rows are a copy.
+        fits = (self._compiled and is_in_memory(rows)) or fits_memory(n_bank, width, memory_budget)
+        tile, self._at_once = cut(n_bank, width, memory_budget)
+        self._step = n_bank if fits else tile
         # Read once, wherever they come from: they may have to be made.
         self._rows = copied(rows, slice(0, n_bank)) if fits else rows
         self._centre, self._longest = survey(self._rows, self._step)
@@ -171,6 +170,21 @@ class Bank:
             if self._compiled:
                 return tile, prepare(tile, self._centre, self._scale)
             return tile, on_device.prepare(tile, self._centre, self._scale, self._device)
+
+
+def fits_memory(n_bank: int, width: int, memory_budget: int) -> bool:
+    """Whether a bank is read once and kept: float32 rows, and as many bytes again for what is made of them, at most."""
+    return 8 * n_bank * width <= memory_budget
+
+
+def cut(n_bank: int, width: int, memory_budget: int) -> tuple[int, int]:
+    """Rows of a tile of a bank that does not fit the memory, and queries that go through all tiles together."""
+    # Queries, each with its values and its distance from every cell's centre.
+    of_a_query = 8 * max(width, cells_of(n_bank))
+    return (
+        max(kernels.BLOCK, memory_budget // (SHARE * 4 * width)),
+        max(kernels.BLOCK, memory_budget // (SHARE * of_a_query)),
+    )
 
 
 NOTHING = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -41,6 +41,23 @@ def build(
         return _build_torchvision(architecture, parameters, n_classes)
 
 
+def without_weights(architecture: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the same network with random weights: those that torchvision would download are left out."""
+    given = dict(parameters)
+    module, _, name = architecture.rpartition(":")
+    if architecture in OWN or given.get("weights") is None or module.split(".")[0] not in ("", "torchvision"):
+        return given
+    models = import_torchvision().models
+    if name not in models.list_models(module=models):
+        return given
+    try:
+        weights = models.get_model_weights(name).verify(given["weights"])
+    except (KeyError, TypeError):
+        return given  # whoever builds the network says what is wrong
+    del given["weights"]
+    return {"num_classes": len(weights.meta["categories"]), **given}
+
+
 class MLP(nn.Module):
     """`depth` dense layers of `width` units, ReLU between; the last layer gives the logits. Inputs are flattened."""
 

@@ -105,9 +105,14 @@ def _batches(n_points: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: n_points // size * size].reshape(-1, size)
 
 
+def is_resident(n_points: int, input_shape: tuple[int, ...]) -> bool:
+    """Whether the inputs of so many points are kept on the device while a member is trained."""
+    return 4 * n_points * math.prod(input_shape) < RESIDENT_BYTES
+
+
 def _reader(points: "Points", ids: NDArray[np.int64], device: torch.device) -> Callable[[Tensor], Tensor]:
     """Inputs by their places in `ids`, float32 [n, *input_shape] on the device."""
-    if 4 * len(ids) * math.prod(points.input_shape) < RESIDENT_BYTES:
+    if is_resident(len(ids), points.input_shape):
         inputs = torch.as_tensor(points.read(ids), device=device)  # decoding again each epoch would take most time
         return lambda places: inputs[places.to(device)]
     return lambda places: torch.as_tensor(points.read(ids[places.numpy()]), device=device)

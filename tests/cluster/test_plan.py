@@ -1,0 +1,296 @@
+"""Plans: what they count beside what a run makes, what they refuse, and how they grow."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, embedded
+
+from leadline.cluster.described import describe_cluster, describe_points, without_downloads
+from leadline.cluster.graph import STAGES, graph_of
+from leadline.cluster.plan import plan_of
+from leadline.cluster.rates import Law, Rates, Search, assumed, networks_of
+from leadline.config import load_config
+from leadline.errors import LeadlineError
+from leadline.points import open_points
+
+CONVOLUTIONS = {"architecture": "resnet18", "parameters": {"width": 8, "depth": [1, 1, 1, 1]}}
+REDUCED = {
+    **TINY,
+    "members": [{**TINY["members"][0], "count": 2}],
+    "reduction": {"input": "jl:16", "hidden.0": "jl:8"},
+    "audit": {"sample": 100},
+}
+
+
+def rates_of(graph, **changed):
+    """Round figures, the same for all members and probes."""
+    labels = list(graph.probes)
+    every = [(label, probe.index) for label in labels for probe in graph.probes[label]]
+    search = Search(ready=Law(1, 1e-6, 1), ask=Law(1000, 1e-3, 1), memory=1000)
+    step, embed = dict.fromkeys(labels, 1e-2), dict.fromkeys(labels, 1e-4)
+    rates = Rates(
+        read=1e-5, move=1e-9, file=1e-3, opened=1e-4, step=step, embed=embed, first=0.5,
+        search=dict.fromkeys(every, search), pick=1e-5, reduce=1e-6, start=5.0, memory=400_000_000, said=(),
+    )  # fmt: skip
+    return replace(rates, **changed)
+
+
+def cluster_of(graph, **changed):
+    given = {"nodes": 1, "cpus": 2, "gpus": None, "gpu": None, "memory": 32e9, "scratch": 1e12, "price": None}
+    return describe_cluster(graph.config.engine, **{**given, **changed})
+
+
+def planned(config, points=None, **changed):
+    """A plan without a measurement."""
+    config = load_config(config)
+    points = points or open_points(config.points)
+    graph = graph_of(config, points)
+    return plan_of(graph, networks_of(graph, points), cluster_of(graph, **changed), rates_of(graph))
+
+
+def stages(plan):
+    return {stage.name: stage for stage in plan.stages}
+
+
+def written(*patterns):
+    return sum(path.stat().st_size for root, pattern in patterns for path in root.glob(pattern))
+
+
+@pytest.mark.parametrize("config", [TINY, REDUCED], ids=["in full", "reduced and audited"])
+def test_units_and_bytes_are_those_that_the_work_leaves(tmp_path, config):
+    """All units of a run, done here one after another: their number, their work, and the files they leave."""
+    one_group = {**config, "engine": {**config["engine"], "group_size": 3}}
+    bench, directory, members = embedded(one_group, tmp_path)
+    graph = graph_of(bench.config, bench.points)
+    plan = stages(planned(one_group))
+    weights = written((tmp_path, "weights/*"))
+    assert 0 < weights - plan["train"].written < 4096 * len(members)  # the files' headers
+    assert plan["embed"].written == written((directory.scratch, "**/*.npy"))
+    units = graph.units(0, members, directory)
+    done = dict.fromkeys(STAGES, 0)
+    for stage in ("share", "vote", "audit", "reduce"):
+        for unit in (unit for unit in units if unit.stage == stage):
+            done[stage] += getattr(bench, stage)(*unit.arguments)
+    for stage in done:
+        made = sum(unit.stage == stage for unit in units)
+        if stage not in ("train", "embed"):  # which are done already
+            assert made == (plan[stage].units if stage in plan else 0), stage
+            assert done[stage] == (plan[stage].work if stage in plan else 0), stage
+    assert plan["train"].units == len(members) and plan["embed"].units == len(bench.shards)
+    assert plan["share"].written == written((tmp_path, "units/share/*.npy"))
+    voted = written((tmp_path, "units/vote/*/*.npy"))
+    headers = 192 * len(list(tmp_path.glob("units/vote/*/*.sample.npy")))  # of what is kept for the audit
+    assert plan["vote"].written <= voted <= plan["vote"].written + headers
+    if "audit" in plan:
+        assert plan["audit"].written == written((tmp_path, "units/audit/*/*.npy"))
+
+
+def test_units_are_those_of_a_run(tiny_run):
+    plan = stages(planned(TINY))
+    told = tiny_run.manifest["stages"]
+    assert told.keys() | {"combine"} == plan.keys()
+    for name, stage in told.items():
+        assert (stage["units"], stage["work"], stage["measure"]) == (
+            plan[name].units, plan[name].work, plan[name].measure
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_budget", [4 << 30, 60_000], ids=["at once", "in tiles"])
+def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch, memory_budget):
+    config = {**REDUCED, "members": [{**TINY["members"][0], "count": 1}]}
+    bench, directory, (member,) = embedded(
+        {**config, "engine": {**TINY["engine"], "memory_budget": memory_budget}}, tmp_path
+    )
+    graph = graph_of(bench.config, bench.points)
+    for unit in graph.units(0, [member], directory):
+        if unit.stage in ("part", "share", "vote"):
+            getattr(bench, unit.stage)(*unit.arguments)
+    read, inputs = [], bench._inputs
+    monkeypatch.setattr(bench, "_inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+    for probe in graph.probes["mlp"]:
+        bench.audit(directory, member, probe.index)
+    planned_bytes = stages(planned(bench.config.model_dump(mode="json")))["audit"].read
+    assert planned_bytes == pytest.approx(4 * 64 * sum(read), rel=0.15)
+
+
+def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
+    config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 50_000}}
+    bench, directory, members = embedded(config, tmp_path)
+    graph = graph_of(bench.config, bench.points)
+    units = [unit for unit in graph.units(0, members, directory) if unit.stage == "part"]
+    for unit in units:
+        bench.part(*unit.arguments)
+    plan = stages(planned(config))
+    assert len(units) == plan["part"].units > 0
+    assert plan["part"].written == written((tmp_path, "units/vote/*/*of*.npy"))
+
+
+def test_flops_are_those_of_the_layers():
+    config = load_config({**TINY, "reduction": {"hidden.0": "jl:8"}})
+    points = open_points(config.points)
+    graph = graph_of(config, points)
+    network = networks_of(graph, points)["mlp"]
+    layers = 2 * (64 * 24 + 24 * 24 + 24 * 10)
+    assert (network.forward, network.flops) == (layers, layers + 2 * 24 * 8)
+    assert network.weights == 4 * (64 * 24 + 24 + 24 * 24 + 24 + 24 * 10 + 10)
+    plan = stages(planned(config.model_dump()))
+    n = len(points)
+    assert plan["embed"].flops == network.flops * n * 3
+    assert plan["train"].flops == 3 * layers * 64 * 60 * 3
+    bank = round(0.9 * n)
+    widths = [8, 24, 10]
+    assert plan["share"].flops == 2 * n * n * 64
+    assert plan["vote"].flops == sum(2 * n * bank * width for width in widths) * 3
+
+
+def test_the_end_comes_when_the_slowest_worker_is_done():
+    """Three members on two workers: two rounds of training, and the rest shared out."""
+    config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "workers": None}}
+    plan = planned(config)
+    work = stages(plan)
+    one = work["train"].seconds / 3
+    least = 5.5 + 2 * one + sum(work[name].seconds for name in ("share", "vote", "embed")) / 2
+    assert least < plan.seconds < least + 2 * max(stage.seconds / stage.units for stage in work.values())
+    assert planned(config, cpus=1).seconds > plan.seconds
+    alone = planned(config, cpus=3)
+    assert alone.seconds < plan.seconds - 0.9 * one
+
+
+@pytest.mark.parametrize("placement", ["shared", "node", "resident", "auto"])
+def test_more_nodes_are_never_slower(placement):
+    entry = {**TINY["members"][0], "count": 20}
+    config = {**TINY, "members": [entry], "engine": {**TINY["engine"], "workers": None, "placement": placement}}
+    seconds = [planned(config, nodes=nodes).seconds for nodes in (1, 2, 3, 4, 5, 8, 13, 40)]
+    assert seconds == sorted(seconds, reverse=True) and seconds[-1] < seconds[0] / 3
+
+
+def test_costs_are_of_all_nodes_for_the_time_from_beginning_to_end():
+    plan = planned({**TINY, "engine": {**TINY["engine"], "workers": None}}, nodes=4, price=3.0)
+    record = plan.record()
+    assert record["cost"] == pytest.approx(plan.seconds / 3600 * 4 * 3.0)
+    assert sum(stage["cost"] for stage in record["stages"]) < record["cost"]
+    assert json.loads(json.dumps(record)) == record
+    assert planned(TINY).record()["cost"] is None
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change():
+    assert planned(TINY).refused == []
+    (line,) = planned({**TINY, "engine": {**TINY["engine"], "scratch": "/nowhere"}}, scratch=1e6).refused
+    assert "scratch" in line and "group_size" in line and "jl:1024" in line
+    (line,) = planned(TINY, memory=0.7e9).refused
+    assert "2 workers" in line and "700 MB" in line
+    config = load_config(
+        {**TINY, "members": [{**CONVOLUTIONS, "training": {"steps": 9}}], "engine": {"gpus": 0.001, "workers": 1}}
+    )
+    points = describe_points(config.points, "9000", 10, (3, 64, 64))
+    graph = graph_of(config, points)
+    networks = networks_of(graph, points)
+    plan = plan_of(graph, networks, cluster_of(graph, gpu="h100"), assumed(graph, networks, "h100", 1e-3))
+    (line,) = plan.refused
+    assert "GPU memory" in line and "80 MB" in line and "engine.query_block" in line
+    with pytest.raises(LeadlineError, match=r"2 workers .* 1 nodes of 1 CPUs"):
+        planned(TINY, cpus=1)
+
+
+def test_memory_of_training_grows_with_what_the_backward_pass_needs():
+    """Of a network of one hidden layer: its input, and the layer before and after its ReLU."""
+    entry = {"architecture": "mlp", "parameters": {"width": 50, "depth": 2}, "training": {"steps": 1}}
+    config = load_config({**TINY, "members": [entry]})
+    points = open_points(config.points)
+    saved = networks_of(graph_of(config, points), points)["mlp"].saved
+    assert 4 * (64 + 50) <= saved <= 4 * (64 + 50 + 50 + 10)
+
+
+def test_points_and_weights_need_not_be_at_hand(tmp_path):
+    config = load_config("imagenet", (f"points.train={tmp_path}/nowhere", "engine.shard_size=10000"))
+    config = without_downloads(config)
+    assert all("weights" not in entry.parameters for entry in config.members)
+    assert [entry.parameters["num_classes"] for entry in config.members] == [1000] * 3
+    config = config.model_copy(update={"members": config.members[:1]})
+    points = describe_points(config.points, "1281167+50000", 1000, None)
+    assert (len(points), points.input_shape, np.count_nonzero(points.parts)) == (1_331_167, (3, 224, 224), 50_000)
+    graph = graph_of(config, points)
+    widths = [probe.width for probe in graph.probes["resnet18"]]
+    assert widths == [150_528, *[200_704] * 2, *[100_352] * 2, *[50_176] * 2, *[25_088] * 2, 512, 1000]
+    networks = networks_of(graph, points)
+    rates = assumed(graph, networks, "h100", 1e-3)
+    given = {"gpu": "h100", "cpus": None, "memory": None, "scratch": None}
+    one, eight = (plan_of(graph, networks, cluster_of(graph, nodes=n, **given), rates) for n in (1, 8))
+    assert (one.cluster.workers, eight.cluster.workers, one.placement, eight.placement) == (8, 64, "shared", "node")
+    assert stages(one)["embed"].units == math.ceil(1_331_167 / 10_240)
+    assert stages(one)["embed"].written > 4 * 1_331_167 * sum(widths)
+    assert one.scratch == eight.scratch == 4 * 1_331_167 * sum(widths)
+    # ResNet18: 1.8 G multiplications and additions an image.
+    assert stages(one)["embed"].flops / 1_331_167 == pytest.approx(3.63e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "words"),
+    [("many", (3, 8, 8), "--points"), ("0", (3, 8, 8), "--points"), ("90", None, "--input")],
+)
+def test_points_that_are_badly_described_are_refused(count, shape, words):
+    with pytest.raises(LeadlineError, match=words):
+        describe_points(load_config("digits").points, count, 10, shape)
+
+
+def test_a_gpu_that_is_needed_has_to_be_described():
+    engine = load_config("imagenet").engine
+    given = {"cpus": None, "gpus": None, "memory": None, "scratch": None, "price": None}
+    with pytest.raises(LeadlineError, match="--gpu h100"):
+        describe_cluster(engine, nodes=1, gpu=None, **given)
+    with pytest.raises(LeadlineError, match="allowed: h100, h200"):
+        describe_cluster(engine, nodes=1, gpu="b300", **given)
+
+
+def test_a_described_plan_needs_no_ray():
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, leadline.cluster.described; print('ray' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == "False"
+
+
+@pytest.fixture
+def plan_command(tmp_path, monkeypatch, capsys):
+    """`leadline plan tiny.yaml` on described nodes: (exit code, standard output, standard error)."""
+    from leadline import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    threads = torch.get_num_threads()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["leadline", "plan", "tiny.yaml", "--nodes", "2", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_the_command_prints_all_of_it_as_json(plan_command, tmp_path):
+    code, out, err = plan_command("--cpus-per-node", "2", "--price", "1", "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert [stage["name"] for stage in plan["stages"]] == ["train", "embed", "share", "vote", "reduce", "combine"]
+    assert plan["cluster"]["workers"] == 2 and plan["cost"] > 0 and plan["seconds"] > plan["start"]
+    assert all(stage["seconds"] > 0 for stage in plan["stages"])
+    assert any("measured" in text for text in plan["assumptions"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]  # nothing is left behind
+
+
+def test_the_command_shows_what_it_refuses(plan_command):
+    code, out, err = plan_command("--cpus-per-node", "2", "--set", "engine.workers=4", "--memory-per-node", "1")
+    assert code == 2 and len(err.splitlines()) == 1 and "memory: 2 workers of a node" in err
+    for word in ("train", "embed", "vote", "from beginning to end", "advice: 2 groups of members have 4 places"):
+        assert word in out, out
+    code, out, err = plan_command("--set", "points={source: npy, inputs: no.npy, labels: no.npy}")
+    assert (code, out) == (2, "") and "--points TRAIN+TEST" in err
