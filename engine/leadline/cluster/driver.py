@@ -68,25 +68,22 @@ def run(
     if directory.status(manifest) == "complete":
         return Run(directory)
     stamps = {"leadline.configuration": config.fingerprint(), "leadline.data": manifest["data"]["fingerprint"]}
-    with (
-        Stages(Console(stderr=True)) as stages,
-        Lease(directory, stages.say) as lease,
-        watched(directory, config.name, stages) as watch,
-    ):
+    with Stages(Console(stderr=True)) as stages, Lease(directory, stages.say) as lease:
         if directory.begin(manifest):
             return Run(directory)  # another driver was faster
         sweep(directory.root)
-        stages.say(f"{config.name}: {len(points):,} points, {len(graph.members)} members, in {directory.root}")
-        _write_points(directory, points, stamps)
-        with connected(config.engine, address) as is_local:
-            _compute(graph, directory, (config, stamps), is_local, watch, lease)
-        if not train_only:
-            lease.check()
-            directory.free_scratch()
-            _combine(directory, graph.members, points, config, stamps)
-            digests = directory.digests()
-            lease.check()
-            directory.complete(digests, stages.report())
+        with watched(directory, config.name, stages) as watch:
+            stages.say(f"{config.name}: {len(points):,} points, {len(graph.members)} members, in {directory.root}")
+            _write_points(directory, points, stamps)
+            with connected(config.engine, address) as is_local:
+                _compute(graph, directory, (config, stamps), is_local, watch, lease)
+            if not train_only:
+                lease.check()
+                directory.free_scratch()
+                _combine(directory, graph.members, points, config, stamps)
+                digests = directory.digests()
+                lease.check()
+                directory.complete(digests, stages.report())
     return Run(directory)
 
 
