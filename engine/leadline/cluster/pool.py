@@ -210,6 +210,7 @@ class Pool:
             worker, unit, answer = self._next()
             if isinstance(answer, _Trouble):
                 if answer.is_death:
+                    ray.kill(worker.actor)  # it may be out of reach alone, and would keep its room
                     self._replace(answer.text)
                 elif unit is None:
                     raise LeadlineError(answer.text) if answer.is_final else RuntimeError(answer.trace)
@@ -300,11 +301,19 @@ class Pool:
 
     def _feed(self, schedule: Schedule, began: Callable[[Unit, Place, float], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
+        self._give(schedule, began, crowd=False)
+        if all(unit is None for _, unit in self._busy.values()):
+            # Groups wait for what one makes that has no home any more: better a place too full than nothing done.
+            self._give(schedule, began, crowd=True)
+
+    def _give(self, schedule: Schedule, began: Callable[[Unit, Place, float], None], crowd: bool) -> None:
+        """crowd: also units of groups without a home to workers whose place is full."""
         for worker in list(self._idle):
             assert worker.ready is not None  # it has answered, or it would not be idle
             held = [other.warm for other, unit in self._busy.values() if unit is not None and other.warm is not None]
             home, shared = worker.ready.home, self._scratch.placement == "shared"
-            unit = schedule.take(worker.warm, held, home, not shared and self._is_full(schedule, worker.ready))
+            is_full = not shared and not crowd and self._is_full(schedule, worker.ready)
+            unit = schedule.take(worker.warm, held, home, is_full)
             if unit is None:
                 continue
             if not shared and not unit.roams and schedule.home(unit.group) is None:
