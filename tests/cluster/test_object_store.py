@@ -29,6 +29,7 @@ LEADLINE = str(Path(sys.executable).with_name("leadline"))
 READERS = {
     "parquet": lambda content: pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read(),
     "json": json.loads,
+    "jsonl": lambda content: [json.loads(line) for line in content.splitlines()],
     "npy": lambda content: np.load(io.BytesIO(content), allow_pickle=False),
     "safetensors": load_safetensors,
 }
@@ -144,6 +145,7 @@ def expect_damage_is_found(s3, bucket, run):
     ]
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_while_a_table_goes_up(s3, bucket, line, command, tiny_run):
     """When half of the table is there, the driver is killed; its worker gets nothing more through till it ends."""
     table = "depths/member=mlp-1/part-0.parquet"

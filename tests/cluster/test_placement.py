@@ -31,7 +31,10 @@ def placed(placement, scratch, **engine):
     return {**TINY, "engine": engine}
 
 
-@pytest.mark.parametrize("placement", ["resident", "node", "shared"])
+SLOW = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("node", "shared")]
+
+
+@pytest.mark.parametrize("placement", ["resident", *SLOW])
 def test_placements_give_the_same_tables(tiny_run, tmp_path, cluster, placement):
     run = leadline.run(placed(placement, tmp_path / "scratch"), tmp_path / "run", address=cluster.address)
     assert tables_of(run.directory.root) == tables_of(tiny_run.directory.root)
@@ -40,6 +43,7 @@ def test_placements_give_the_same_tables(tiny_run, tmp_path, cluster, placement)
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["resident", "node"])
 def test_what_is_lost_with_a_node_is_made_again(tiny_run, tmp_path, cluster, placement):
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
