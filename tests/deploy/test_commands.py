@@ -20,7 +20,11 @@ from leadline.config import preset_names
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deploy").rglob("*.md"))]
 FILES = sorted(path for path in (ROOT / "deploy").rglob("*") if path.suffix in (".yaml", ".sbatch"))
-JOBS = {"compute_depths.py": "run", "train_ensemble.py": "run"}  # what of leadline they are
+JOBS = {
+    "compute_depths.py": ["run"],
+    "train_ensemble.py": ["run"],
+    "bench_knn.py": ["bench", "knn"],
+}  # what of leadline they are
 ENDS = {"&&", "||", ";", "|", ">", ">>", "&"}
 leadline_cli = typer.main.get_command(app)
 
@@ -112,7 +116,7 @@ def test_a_command_is_taken(program, arguments):
     if program != "leadline":
         assert (ROOT / "jobs" / program).is_file()
         assert any(word.startswith("--out") for word in arguments)
-        arguments = [JOBS[program], *arguments]
+        arguments = [*JOBS[program], *arguments]
     # What the shell would put in for a variable or its arguments.
     _, given = parse(leadline_cli, "leadline", [word for word in arguments if word != "$@"])
     if arguments[0] == "run":

@@ -137,7 +137,7 @@ def _compute(
     for stage, measure in STAGES.items():
         if totals[stage]:
             stages.plan(stage, measure, totals[stage])
-    for stage in ("train", "reduce"):
+    for stage in ("train", "reduce") if reduced else ():
         stages.found(stage, len(reduced))
     with _scratch(graph, directory, groups, is_local, stages, lease) as (placed, room, scratch):
         pool = Pool(engine, bench, scratch, is_local, stages.say)
