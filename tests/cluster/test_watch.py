@@ -20,8 +20,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_runs import descendants, free_port
-from tiny import TINY
+from test_runs import free_port
+from tiny import TINY, descendants
 
 import leadline
 from leadline import LeadlineError
