@@ -285,7 +285,7 @@ def test_the_status_of_a_run_is_printed(leadline, tiny_run):
 
 def test_the_timeline_of_a_run_is_drawn(leadline, refused, tiny_run, tmp_path):
     assert leadline("timeline", tiny_run.directory.root, "-o", tmp_path / "run.svg") == (0, "", "")
-    assert "tiny: 100 units, 2 workers, 1 session" in (tmp_path / "run.svg").read_text()
+    assert "103 units, 2 workers, 1 session" in (tmp_path / "run.svg").read_text()
     assert "run.pdf is no picture" in refused("timeline", tiny_run.directory.root, "-o", tmp_path / "run.pdf")
 
 

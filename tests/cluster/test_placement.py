@@ -11,6 +11,8 @@ from ray.cluster_utils import Cluster
 from tiny import TINY, tables_of
 
 import leadline
+from leadline.report.status import status_of
+from leadline.store import RunDirectory
 from leadline.store.verify import verify
 
 LEADLINE = str(Path(sys.executable).with_name("leadline"))
@@ -56,4 +58,7 @@ def test_what_is_lost_with_a_node_is_made_again(tiny_run, tmp_path, cluster, pla
         _, log = driver.communicate(timeout=200)
         assert driver.returncode == 0, log
     assert "are lost with their place: made again" in log
+    # What was made again was not planned; all is done in the end.
+    for name, stage in status_of(RunDirectory(run))["stages"].items():
+        assert stage["done"] == stage["units"], name
     assert tables_of(run) == tables_of(tiny_run.directory.root)

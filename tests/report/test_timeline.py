@@ -67,7 +67,7 @@ def test_every_worker_has_a_row_and_units_of_one_stage_that_follow_closely_are_o
         ("b 2", "vote", 1, 2),
     ]
     assert crosses == [("b 2", "tried again", 2)]
-    assert "made: 6 units, 3 workers, 1 session" in (tmp_path / "run.svg").read_text()
+    assert "6 units, 3 workers, 1 session" in (tmp_path / "run.svg").read_text()
 
 
 def test_sessions_follow_one_another_without_the_time_between(tmp_path):

@@ -169,8 +169,11 @@ def _do(
     def add(number: int) -> None:
         units = graph.units(number, groups[number], directory)
         there = graph.totals(groups[number]) - Counter(unit.stage for unit in units)
-        for stage, units_there in there.items() if number not in taken else ():
+        for stage, units_there in there.items():
             watch.stages.found(stage, units_there)
+        put_in(number, units)
+
+    def put_in(number: int, units: list[Unit]) -> None:
         for unit in schedule.add(units):
             watch.ended(unit, untried("needs what an earlier unit, that was set aside, would have made"))
         if units:
@@ -201,8 +204,12 @@ def _do(
         watch.stages.say(
             f"embeddings of {', '.join(m.name for m in groups[number])} are lost with their place: made again"
         )
-        schedule.drop(number)
-        add(number)
+        units = graph.units(number, groups[number], directory)
+        redone = Counter(unit.stage for unit in units)
+        redone.subtract(unit.stage for unit in schedule.drop(number))
+        for stage, more in redone.items():
+            watch.stages.more(stage, more)
+        put_in(number, units)
 
     take_in()
     return pool.run(schedule, began, ended, lost)

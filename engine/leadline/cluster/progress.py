@@ -75,14 +75,16 @@ class Stages:
         elif stage.is_due():
             self.say(stage.line())
 
-    def fail(self, name: str, state: str, instead: int = 0) -> None:
-        """A try of a unit failed, after which it is tried "again", "set_aside", or "divided": others take its place."""
+    def more(self, name: str, units: int) -> None:
+        """A stage has so many units more than it was planned to have."""
         stage = self._stages[name]
-        stage.failed[state] += 1
-        if instead:
-            stage.units += instead - 1
-            if self._bars is not None and stage.bar is not None:
-                self._bars.update(stage.bar, total=stage.units)
+        stage.units += units
+        if self._bars is not None and stage.bar is not None:
+            self._bars.update(stage.bar, total=stage.units)
+
+    def fail(self, name: str, state: str) -> None:
+        """A try of a unit failed: it is tried "again", "set_aside", or "divided"."""
+        self._stages[name].failed[state] += 1
 
     def state(self) -> dict[str, dict[str, float | int | str]]:
         """How far each stage is: its `report`, and units in all, those `there` from earlier tries, and what failed.

@@ -144,8 +144,11 @@ class Schedule:
             self._makers[thing] -= 1  # its stand-ins make it now
         return []
 
-    def drop(self, group: int) -> None:
-        """Forget the units of a group, none of which is taken: those still to be done are added anew at once."""
+    def drop(self, group: int) -> list[Unit]:
+        """Forget the units of a group, none of which is taken: those still to be done are added anew at once.
+
+        Returns those that were not done.
+        """
         dropped = [unit for unit in self._missing if unit.group == group]
         for unit in dropped:
             del self._missing[unit]
@@ -157,6 +160,7 @@ class Schedule:
                 self._makers[thing] -= 1
                 if not self._makers[thing]:
                     del self._makers[thing]
+        return dropped
 
     def _make_ready(self, unit: Unit) -> None:
         self._ready.setdefault(_bucket(unit), deque()).append(unit)

@@ -43,8 +43,9 @@ class Watch:
         if end.done is not None:
             self.stages.advance(unit.stage, end.done.work, end.done.seconds)
         else:
-            parts = len(unit.instead) if end.state == "divided" else 0
-            self.stages.fail(unit.stage, end.state, parts)
+            self.stages.fail(unit.stage, end.state)
+            if end.state == "divided":
+                self.stages.more(unit.stage, len(unit.instead) - 1)
             if end.state != "set_aside":  # those are told at the end
                 self.stages.say(f"{unit.name}: {FAILED[end.state]}: {end.error}")
         self._metrics.ended(unit.stage, measure, end, bytes_written)

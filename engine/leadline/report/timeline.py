@@ -7,8 +7,8 @@ from typing import Any
 import altair as alt
 
 from leadline.errors import LeadlineError
+from leadline.report.plots import finished, save_chart
 from leadline.store import RunDirectory
-from leadline.store.files import replacing
 from leadline.store.log import FAILED, ended_units, sessions
 
 WIDTH = 1000  # pixels of the time axis; nothing narrower than one of them is drawn by itself
@@ -16,7 +16,10 @@ HEIGHT = 700  # pixels of all rows, where they are many
 ROW = (4, 18)  # pixels of a row: at least, at most
 UNITS = ((180.0, 1.0, "seconds"), (10800.0, 60.0, "minutes"), (float("inf"), 3600.0, "hours"))
 # Of stages, in their order; no red, which says that something failed.
-COLOURS = ("#4c78a8", "#f58518", "#eeca3b", "#9d755d", "#8ca0cb", "#72b7b2", "#b279a2", "#bab0ac", "#54a24b")
+COLOURS = (
+    "#4c78a8", "#f58518", "#eeca3b", "#9d755d", "#8ca0cb", "#72b7b2", "#b279a2", "#d6a5c9", "#54a24b", "#1b7f79",
+    "#bab0ac",
+)  # fmt: skip
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 
 Record = dict[str, Any]
@@ -70,11 +73,7 @@ def draw_timeline(directory: RunDirectory, path: Path) -> None:
         raise LeadlineError(f"{directory.root}: no unit was logged; wait until one is done, or run it again")
     stages = list(dict.fromkeys(stage for session in logged for stage in session["stages"]))
     chart = _chart(manifest["name"], bars, failures, begins[1:-1], total, stages)
-    with replacing(path) as beside:
-        if kind == "svg":
-            chart.save(str(beside), format="svg")
-        else:
-            chart.save(str(beside), format="png", scale_factor=2)
+    save_chart(chart, path)
 
 
 def _bars(
@@ -103,7 +102,7 @@ def _bars(
 
 def _chart(
     name: str, bars: list[Bar], failures: list[Record], begins: list[float], total: float, stages: list[str]
-) -> alt.LayerChart:
+) -> Any:
     divisor, unit = next((divisor, unit) for below, divisor, unit in UNITS if total < below)
     workers = list(dict.fromkeys(bar.worker for bar in sorted(bars, key=lambda bar: (bar.session, bar.worker))))
     step = min(max(HEIGHT // max(len(workers), 1), ROW[0]), ROW[1])
@@ -132,5 +131,5 @@ def _chart(
         )
     counts = ((sum(bar.units for bar in bars), "unit"), (len(workers), "worker"), (len(begins) + 1, "session"))
     said = ", ".join(f"{number:,} {word}" + "s" * (number != 1) for number, word in counts)
-    chart: alt.LayerChart = alt.layer(*layers).resolve_scale(color="independent").configure_view(stroke="#ddd")
-    return chart.properties(width=WIDTH, height=alt.Step(step), title=f"{name}: {said}")
+    chart = alt.layer(*layers).resolve_scale(color="independent").properties(width=WIDTH, height=alt.Step(step))
+    return finished(chart, name, [said])
