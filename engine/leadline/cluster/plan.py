@@ -28,7 +28,14 @@ from leadline.store.schemas import DEPTHS, VOTE_FIELDS
 from leadline.store.tables import ROWS
 
 # Stages that go on side by side; one such step of a group of members begins when the last has ended.
-STEPS = (("train",), ("embed",), ("trial", "index", "keep", "share", "part", "vote"), ("audit",), ("reduce",))
+STEPS = (
+    ("train",),
+    ("embed",),
+    ("trial", "index", "keep", "share", "part", "vote"),
+    ("audit",),
+    ("reduce",),
+    ("free",),
+)
 SIMULATED = 4096  # units of a step whose order is played through; more of them end nearly together
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
@@ -296,7 +303,7 @@ class _Reckoning:
         reckon: dict[str, Callable[[Stage, int, Sequence[Member]], None]] = {
             "train": self._train, "embed": self._embed, "trial": self._trial, "index": self._index,
             "keep": self._keep, "share": self._share, "part": self._part, "vote": self._vote, "audit": self._audit,
-            "reduce": self._reduce,
+            "reduce": self._reduce, "free": self._free,
         }  # fmt: skip
         stages = {}
         for name, measure in STAGES.items():
@@ -316,6 +323,8 @@ class _Reckoning:
             case "reduce":
                 of_a_member = sum(probes) // len(probes) * self.graph.blocks
                 return 3, of_a_member * (1 + 2 * -(-self.graph.points // ROWS))
+            case "free":
+                return 0, sum(probes) // len(probes) * (self.graph.shards + 2 * self.graph.blocks)
             case _:
                 return 2, 2
 
@@ -479,8 +488,9 @@ class _Reckoning:
         return 0 if fits_memory(n_bank, width, budget) else -(-at_once // cut(n_bank, width, budget)[1])
 
     def _holds(self, stage: Stage, of_a_row: float, n_bank: int, width: int, at_once: int, k: int) -> None:
-        """A bank, or tiles of it, and queries."""
+        """A bank, or tiles of it, and so many queries as are read together."""
         budget = self.graph.config.engine.memory_budget
+        at_once = min(at_once, cut(n_bank, width, budget)[1])
         memory = int(of_a_row * n_bank) if fits_memory(n_bank, width, budget) else budget
         queries = at_once * (4 * width + 8 * k + 16 * (k + SPARE))
         self._takes(stage, memory + queries, min(memory, 4 * n_bank * width) + queries, memory + queries + WORK)
@@ -564,6 +574,9 @@ class _Reckoning:
             stage.written += n * (row + _row_bytes())
             stage.seconds += n * n_probes * self.rates.reduce
             self._takes(stage, 3 * min(n, ROWS) * n_probes * VOTES.itemsize)
+
+    def _free(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
+        stage.work = len(members)
 
     def _takes(self, stage: Stage, alone: int, beside: int | None = None, device: int | None = None) -> None:
         """Of memory: without a GPU; beside one; and of the GPU, by default as much as without one."""
