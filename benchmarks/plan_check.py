@@ -6,12 +6,8 @@ Each run is planned and then made, from the beginning, in a folder of its own. A
 planned. Writes benchmarks/results/plan_check-NAME-PROCESSOR.json for each.
 """
 
-import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +20,11 @@ from rich.table import Table
 import leadline
 from leadline.cluster.at_hand import plan_at_hand
 from leadline.cluster.graph import graph_of
-from leadline.cluster.pool import _Actor
 from leadline.config import RunConfig, load_config
 from leadline.points import TEST, TRAIN, open_points
+from leadline.report.status import status_of
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "pyarrow", "ray")
-SECONDS_BETWEEN_LOOKS = 0.2
 TRAINING, TESTING = 8000, 2000  # of Fashion-MNIST's images, in fashion-mnist-10000
 FULL, PART = "fashion-mnist-cpu", "fashion-mnist-10000"
 
@@ -63,16 +58,16 @@ def _checked(config: RunConfig, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     plan = plan_at_hand(graph_of(config, points), points, None, None)
     planning = time.perf_counter() - started
-    with _peaks() as peaks:
-        started = time.perf_counter()
-        run = leadline.run(config, folder / "run")
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    run = leadline.run(config, folder / "run")
+    seconds = time.perf_counter() - started
     told = run.manifest["stages"]
     stages = {
         stage.name: _beside(stage.seconds, told[stage.name]["worker_seconds"])
         for stage in plan.stages
         if stage.name in told
     }
+    peaks = [worker["peak_memory"] for worker in status_of(run.directory)["workers"]]
     needed = plan.base + max(stage.memory for stage in plan.stages)
     return {
         "points": plan.points,
@@ -81,8 +76,8 @@ def _checked(config: RunConfig, folder: Path) -> dict[str, Any]:
         "seconds_of_planning": planning,
         "seconds": _beside(plan.seconds, seconds),
         "worker_seconds": stages,
-        "memory_of_a_worker": _beside(needed, max(peaks.values(), default=0)),
-        "memory_of_workers": sorted(peaks.values()),
+        "memory_of_a_worker": _beside(needed, max(peaks)),
+        "memory_of_workers": peaks,
         "units": {stage.name: [stage.units, told[stage.name]["units"]] for stage in plan.stages if stage.name in told},
         "plan": plan.record(),
     }
@@ -90,53 +85,6 @@ def _checked(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def _beside(planned: float, measured: float) -> dict[str, float]:
     return {"planned": planned, "measured": measured, "ratio": measured / planned}
-
-
-@contextmanager
-def _peaks() -> Iterator[dict[int, int]]:
-    """By process, the most bytes that each worker of a run which this process starts has in memory."""
-    peaks: dict[int, int] = {}
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            for process in _workers():
-                peaks[process] = max(peaks.get(process, 0), _peak(process))
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        yield peaks
-    finally:
-        ended.set()
-        looking.join()
-
-
-def _workers() -> list[int]:
-    """Ray's actors below this process, as Linux lists them."""
-    parents, actors = {}, []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            if (place / "cmdline").read_bytes().startswith(f"ray::{_Actor.__name__}".encode()):
-                actors.append(int(place.name))
-        except OSError:
-            continue  # it ended while we looked
-    return [process for process in actors if _is_below(process, parents)]
-
-
-def _is_below(process: int, parents: dict[int, int]) -> bool:
-    while process in parents and process != os.getpid():
-        process = parents[process]
-    return process == os.getpid()
-
-
-def _peak(process: int) -> int:
-    try:
-        lines = Path("/proc", str(process), "status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _print(name: str, result: dict[str, Any]) -> None:

@@ -324,7 +324,7 @@ class _Reckoning:
                 of_a_member = sum(probes) // len(probes) * self.graph.blocks
                 return 3, of_a_member * (1 + 2 * -(-self.graph.points // ROWS))
             case "free":
-                return 1, 0  # to remove files is taken to cost as much as to write one
+                return 0, sum(probes) // len(probes) * (self.graph.shards + 2 * self.graph.blocks)
             case _:
                 return 2, 2
 
@@ -488,8 +488,9 @@ class _Reckoning:
         return 0 if fits_memory(n_bank, width, budget) else -(-at_once // cut(n_bank, width, budget)[1])
 
     def _holds(self, stage: Stage, of_a_row: float, n_bank: int, width: int, at_once: int, k: int) -> None:
-        """A bank, or tiles of it, and queries."""
+        """A bank, or tiles of it, and so many queries as are read together."""
         budget = self.graph.config.engine.memory_budget
+        at_once = min(at_once, cut(n_bank, width, budget)[1])
         memory = int(of_a_row * n_bank) if fits_memory(n_bank, width, budget) else budget
         queries = at_once * (4 * width + 8 * k + 16 * (k + SPARE))
         self._takes(stage, memory + queries, min(memory, 4 * n_bank * width) + queries, memory + queries + WORK)
@@ -575,7 +576,7 @@ class _Reckoning:
             self._takes(stage, 3 * min(n, ROWS) * n_probes * VOTES.itemsize)
 
     def _free(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
-        stage.work += len(members)
+        stage.work = len(members)
 
     def _takes(self, stage: Stage, alone: int, beside: int | None = None, device: int | None = None) -> None:
         """Of memory: without a GPU; beside one; and of the GPU, by default as much as without one."""
