@@ -237,6 +237,11 @@ def scraped(port):
     return values
 
 
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_prometheus_can_scrape_what_a_run_does_from_a_cluster_of_ray(tmp_path):
     ray = str(Path(sys.executable).with_name("ray"))
     port, metrics = free_port(), free_port()
@@ -255,7 +260,7 @@ def test_prometheus_can_scrape_what_a_run_does_from_a_cluster_of_ray(tmp_path):
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: scraped(metrics) is not None and socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
+        wait_for(lambda: answers(port), 60)
         with start(TINY, tmp_path / "run", "--address", f"127.0.0.1:{port}", environment=environment) as driver:
             while driver.poll() is None:
                 seen |= scraped(metrics)
@@ -267,5 +272,7 @@ def test_prometheus_can_scrape_what_a_run_does_from_a_cluster_of_ray(tmp_path):
             os.kill(process, signal.SIGKILL)
         head.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
-    print(*sorted(seen.items()), sep="\n")
-    assert 0
+    assert {stage: seen["tries_total", ("tiny", stage, "done")] for stage in UNITS} == UNITS
+    assert {stage: seen["unit_seconds_count", ("tiny", stage)] for stage in UNITS} == UNITS
+    assert seen["work_total", ("tiny", "vote", "votes")] == 3 * 4 * 1797
+    assert seen["embedding_bytes_total", ("tiny",)] >= 4 * 1797 * (WIDTHS[0] + 3 * sum(WIDTHS[1:]))
