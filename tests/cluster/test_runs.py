@@ -105,13 +105,13 @@ def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, 
     assert tables_of(other.directory.root) == tables_of(tiny_run.directory.root)
 
 
-@pytest.mark.parametrize("votes", ["all", "until-decided"])
-def test_banks_that_no_worker_holds_are_searched_in_parts(tiny_run, until_decided_run, tmp_path, votes):
+@pytest.mark.parametrize("votes", ["all", pytest.param("until-decided", marks=pytest.mark.slow)])
+def test_banks_that_no_worker_holds_are_searched_in_parts(request, tmp_path, votes):
     """Cut into up to seven parts, each searched alone; votes and depths are the same, ties and all."""
     other = leadline.run({**changed(memory_budget=120_000), "votes": votes}, tmp_path / "run")
     assert other.manifest["stages"]["part"]["units"] > 3 * 6 * 3
     assert verify(other.directory) == []
-    expected = tables_of((tiny_run if votes == "all" else until_decided_run).directory.root)
+    expected = tables_of(request.getfixturevalue("tiny_run" if votes == "all" else "until_decided_run").directory.root)
     for name, table in tables_of(other.directory.root).items():
         if name == "probes.parquet":
             plans = set(table["plan"].to_pylist())
