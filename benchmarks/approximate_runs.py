@@ -20,6 +20,7 @@ from rich.table import Table
 import leadline
 from leadline.knn.arrays import Array
 from leadline.knn.audit import draw, interval
+from leadline.store.log import ended_units, sessions
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "pyarrow", "ray", "faiss-cpu", "hnswlib")
 METHODS = ["ivf-flat", "ivf-flat:nprobe=4", "ivf-pq", "hnsw", "hnsw-sq8", "hnswlib", "flat"]
@@ -162,22 +163,46 @@ def builds(
     config: Config, out: Out, method: Annotated[str, typer.Option()] = "hnsw",
     workers: Annotated[list[int], typer.Option("--workers", min=1)] = [1, 2],  # noqa: B006
 ) -> None:  # fmt: skip
-    """One method at every probe, its indexes built by so many actors: seconds of that stage; equal tables."""
+    """One method at every probe, its indexes built by so many actors: seconds; equal tables.
+
+    Building and searching go on at the same time: the seconds of both are told beside those with an actor at a build.
+    """
     _, run = runs_of(config, out)
     made = {n: run(f"builds-{n}", f"method={method}", f"engine.workers={n}") for n in workers}
-    stage = {n: seconds(of_n)["index"] for n, of_n in made.items()}
     first = made[workers[0]]
     equal = all(
         np.array_equal(winners(first), winners(other)) and np.array_equal(depths(first), depths(other))
         for other in made.values()
     )
-    for n, spent in stage.items():
-        print(f"{n} actors: {spent:.1f} s to build the indexes of {len(first.probes.to_table())} probes")
+    spent = {n: build_seconds(of_n) for n, of_n in made.items()}
+    for n, found in spent.items():
+        print(f"{n} actors, {len(first.probes.to_table())} indexes: {found}")
     print("votes and depths:", "equal" if equal else "DIFFERENT")
     write_result(
         f"approximate_runs-builds-{first.manifest['name']}",
-        {**stamp(PACKAGES, 1), "method": method, "index_seconds": stage, "tables_equal": equal},
+        {**stamp(PACKAGES, 1), "method": method, "actors": spent, "tables_equal": equal},
     )
+
+
+def build_seconds(run: leadline.Run) -> dict[str, float]:
+    """Of a run that was made in one session.
+
+    all_builds: with an actor at a build; actors_building: how many were, in the mean; builds_and_votes: from the
+    beginning of the first build to the end of the last vote.
+    """
+    (session,) = sessions(run.directory)
+    units = list(ended_units(run.directory, session["session"]))
+    builds = sorted((unit["began"], unit["ended"]) for unit in units if unit["stage"] == "index")
+    covered, until = 0.0, -np.inf
+    for began, ended in builds:
+        covered += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    last = max(unit["ended"] for unit in units if unit["stage"] == "vote")
+    return {
+        "all_builds": covered,
+        "actors_building": sum(ended - began for began, ended in builds) / covered,
+        "builds_and_votes": last - builds[0][0],
+    }
 
 
 if __name__ == "__main__":

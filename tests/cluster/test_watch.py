@@ -56,6 +56,25 @@ def wait_for(condition, seconds=120):
         time.sleep(0.005)
 
 
+def kill_at_its_unit(driver, directory):
+    """Kill an actor of a driver that is at a unit, by the session's record. Returns its process."""
+    workers = [process for process, name in descendants(driver.pid).items() if name.startswith("ray::_Actor")]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    stopped = time.time()
+
+    def busy():
+        (session,) = sessions(directory)
+        # Later than what was under way when they were stopped: from then on nothing changes.
+        return session["last"] > stopped + 1 and [w["pid"] for w in session["workers"] if w["unit"]]
+
+    wait_for(busy)
+    killed = busy()[0]
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL if worker == killed else signal.SIGCONT)
+    return killed
+
+
 def test_every_unit_of_a_run_is_logged_once(tiny_run):
     directory, stages = tiny_run.directory, tiny_run.manifest["stages"]
     units = logged(directory)
@@ -146,10 +165,7 @@ def test_what_is_tried_again_divided_or_set_aside_is_logged_with_its_error(tiny_
     directory = RunDirectory(run)
     with start({**TINY, "members": [member], "engine": engine}, run) as driver:
         wait_for(lambda: list((tmp_path / "scratch").rglob("outputs-*.npy")) or driver.poll() is not None)
-        workers = [process for process, name in descendants(driver.pid).items() if name.startswith("ray::_Actor")]
-        os.kill(workers[0], signal.SIGSTOP)  # so that it is at a unit when it is killed
-        time.sleep(0.5)
-        os.kill(workers[0], signal.SIGKILL)
+        killed = kill_at_its_unit(driver, directory)
         _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 2
     units = logged(directory)
@@ -175,11 +191,11 @@ def test_what_is_tried_again_divided_or_set_aside_is_logged_with_its_error(tiny_
     # The killed worker's unit was tried again, and is told on the console too.
     again = [unit for unit in units if unit["state"] == "again"]
     assert again and all("worker died" in unit["error"] for unit in again)
-    assert {unit["pid"] for unit in again} == {workers[0]}
+    assert {unit["pid"] for unit in again} == {killed}
     assert f"{again[0]['unit']}: tried again: its worker died" in errors
     told = status_of(directory)
     assert told["state"] == "failed" and "not finite" in told["driver"]["error"]
-    assert [worker["pid"] for worker in told["workers"] if worker["died"]] == [workers[0]]
+    assert [worker["pid"] for worker in told["workers"] if worker["died"]] == [killed]
     embed = told["stages"]["embed"]
     # Eight shards in parts: three members and, but where the input is there already, one more.
     parts = sum(unit["stage"] == "embed" and unit["unit"] not in whole and unit["state"] != "again" for unit in units)
