@@ -15,10 +15,9 @@ from typing import Annotated
 import numpy as np
 import typer
 from PIL import Image
-from record import write_result
+from record import stamp, write_result
 
 import leadline
-from leadline.machine import stamp
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "ray")
 IMAGES, SIDE, CHANNELS, LAYERS = 10_000, 32, 32, 4  # widths of 32 x 32 x 32 values

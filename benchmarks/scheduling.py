@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from record import write_result
+from record import stamp, write_result
 from rich.console import Console
 
 import leadline
-from leadline.cluster.pool import Done, Pool, Scratch, connected
+from leadline.cluster.pool import Ended, Pool, Scratch, connected
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.units import list_members
 from leadline.config import load_config
-from leadline.machine import stamp
 from leadline.store import RunDirectory
 
 PACKAGES = ("leadline", "ray")
@@ -55,9 +54,9 @@ def empty(
                 for i in range(GROUP)
             )
 
-        def done(_: Unit, __: Done) -> None:
+        def ended(_: Unit, end: Ended) -> None:
             nonlocal n_done
-            n_done += 1
+            n_done += end.state == "done"
             if n_done % (units // 10) == 0:
                 memory[n_done] = resident()
             if left and len(schedule) < GROUP:
@@ -68,7 +67,7 @@ def empty(
         add()
         add()
         started = time.perf_counter()
-        failures = pool.run(schedule, lambda _: None, done, lambda _: None)
+        failures = pool.run(schedule, lambda *_: None, ended, lambda _: None)
         seconds = time.perf_counter() - started
     assert not failures and n_done == units
     print(f"{units:,} units in {seconds:.1f} s: {units / seconds:,.0f} units/s by {workers} workers")
