@@ -90,6 +90,14 @@ def test_a_worker_goes_on_with_what_it_has_ready_and_leaves_to_others_what_they_
     assert schedule.take(warm=("b",), held=[("a",)]).name == "a1"  # rather than nothing
 
 
+def test_units_that_roam_go_before_those_of_some_groups_before_theirs():
+    schedule = Schedule(ahead=2)
+    schedule.add(Unit("embed", (), f"e{group}", group=group) for group in range(2))
+    schedule.add(Unit("train", (), f"t{group}", group=group, roams=True) for group in range(1, 5))
+    taken = [schedule.take().name for _ in range(6)]
+    assert taken == ["t1", "e0", "t2", "e1", "t3", "t4"]
+
+
 def test_units_are_given_to_workers_at_the_home_of_their_group_and_can_be_added_anew():
     near = [
         Unit("train", (), "t", makes=(("net",),), group=1, roams=True),

@@ -164,7 +164,7 @@ def _do(
 
     room: None where the workers see to that, each at its own place: then so many that none of them waits for work.
     """
-    schedule, waiting, taken = Schedule(), deque(enumerate(groups)), dict[int, int]()
+    schedule, waiting, taken = Schedule(ahead=pool.size), deque(enumerate(groups)), dict[int, int]()
 
     def add(number: int) -> None:
         units = graph.units(number, groups[number], directory)

@@ -35,9 +35,14 @@ class Unit:
 
 
 class Schedule:
-    """Units that are not done yet. Memory grows with them alone: add a group when there is room for it."""
+    """Units that are not done yet. Memory grows with them alone: add a group when there is room for it.
 
-    def __init__(self) -> None:
+    ahead: by how many groups units that roam go before the others. Those are long and cannot be shared out, so one that
+    is begun late has all other workers wait for it.
+    """
+
+    def __init__(self, ahead: int = 0) -> None:
+        self._ahead = ahead
         self._makers: dict[Thing, int] = {}  # of a thing that is not whole: units that make it and are not done
         self._waiting: dict[Thing, list[Unit]] = {}
         self._missing: dict[Unit, int] = {}  # of a unit that is not ready: things that it needs and are not whole
@@ -93,7 +98,7 @@ class Schedule:
         warm: what it has ready, units of which it is given first; held: what other workers have ready, units of which
         are left to them if there are others. place: where the worker is: units of groups that are at home elsewhere are
         not for it, unless they roam, nor, if its place is full, those of groups without a home. Otherwise lower groups
-        first, and in a group those that were ready first.
+        first, with those that roam as if theirs were `ahead` lower, and then those that were ready first.
         """
         others = set(held)
         best: tuple[tuple[bool, bool, int], tuple[int, Thing]] | None = None
@@ -102,7 +107,7 @@ class Schedule:
             home = self._homes.get(group)
             if not queue[0].roams and (is_full if home is None else home != place):
                 continue
-            rank = (kind != warm, kind in others, group)
+            rank = (kind != warm, kind in others, group - self._ahead * queue[0].roams)
             if best is None or rank < best[0]:
                 best = rank, bucket
         if best is None:
