@@ -17,10 +17,10 @@ from record import write_result
 from rich.console import Console
 
 import leadline
-from leadline.cluster.pool import Done, Pool, Scratch, connected
+from leadline.cluster.pool import Ended, Pool, Scratch, connected
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
-from leadline.cluster.units import list_members
+from leadline.cluster.work import list_members
 from leadline.config import load_config
 from leadline.machine import stamp
 from leadline.store import RunDirectory
@@ -51,11 +51,11 @@ def empty(
         def add() -> None:
             number = left.pop(0)
             schedule.add(
-                Unit("free", (directory, member), f"{number} {i}", ((number, i - 1),), ((number, i),), number)
+                Unit("free", (member,), f"{number} {i}", ((number, i - 1),), ((number, i),), number)
                 for i in range(GROUP)
             )
 
-        def done(_: Unit, __: Done) -> None:
+        def done(_: Unit, __: Ended) -> None:
             nonlocal n_done
             n_done += 1
             if n_done % (units // 10) == 0:
@@ -64,11 +64,11 @@ def empty(
                 add()
 
         stages = Stages(Console(stderr=True))
-        pool = Pool(config.engine, (config, {}), Scratch("shared", None, "", "", 0), is_local, stages.say)
+        pool = Pool(config.engine, (config, {}, directory), Scratch("shared", None, "", "", 0), is_local, stages.say)
         add()
         add()
         started = time.perf_counter()
-        failures = pool.run(schedule, lambda _: None, done, lambda _: None)
+        failures = pool.run(schedule, lambda *_: None, done, lambda _: None)
         seconds = time.perf_counter() - started
     assert not failures and n_done == units
     print(f"{units:,} units in {seconds:.1f} s: {units / seconds:,.0f} units/s by {workers} workers")

@@ -16,6 +16,7 @@ from leadline.cluster.described import describe_cluster, describe_points, withou
 from leadline.cluster.graph import graph_of
 from leadline.cluster.plan import plan_of
 from leadline.cluster.rates import Law, Rates, Search, assumed, networks_of
+from leadline.cluster.units import UNITS
 from leadline.config import load_config
 from leadline.errors import LeadlineError
 from leadline.points import open_points
@@ -80,7 +81,7 @@ def test_units_and_bytes_are_those_that_the_work_leaves(tmp_path, config):
         for name in names:
             for unit in (unit for unit in units if unit.stage == name):
                 made[name] += 1
-                done[name] += getattr(bench, name)(*unit.arguments)
+                done[name] += UNITS[name](bench, *unit.arguments)
 
     do("share", "vote", "audit", "reduce")
     assert plan["share"].written == written((tmp_path, "units/share/*.npy"))
@@ -114,11 +115,11 @@ def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch,
     graph = graph_of(bench.config, bench.points)
     for unit in graph.units(0, [member], directory):
         if unit.stage in ("part", "share", "vote"):
-            getattr(bench, unit.stage)(*unit.arguments)
-    read, inputs = [], bench._inputs
-    monkeypatch.setattr(bench, "_inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+            UNITS[unit.stage](bench, *unit.arguments)
+    read, inputs = [], bench.inputs
+    monkeypatch.setattr(bench, "inputs", lambda ids: read.append(len(ids)) or inputs(ids))
     for probe in graph.probes["mlp"]:
-        bench.audit(directory, member, probe.index)
+        UNITS["audit"](bench, member, probe.index)
     planned_bytes = stages(planned(bench.config.model_dump(mode="json")))["audit"].read
     assert planned_bytes == pytest.approx(4 * 64 * sum(read), rel=0.15)
 
@@ -129,7 +130,7 @@ def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
     graph = graph_of(bench.config, bench.points)
     units = [unit for unit in graph.units(0, members, directory) if unit.stage == "part"]
     for unit in units:
-        bench.part(*unit.arguments)
+        UNITS["part"](bench, *unit.arguments)
     plan = stages(planned(config))
     assert len(units) == plan["part"].units > 0
     assert plan["part"].written == written((tmp_path, "units/vote/*/*of*.npy"))

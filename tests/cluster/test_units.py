@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import TINY, embedded
 
-from leadline.cluster.units import Bench
+from leadline.cluster.units import share, vote
+from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.knn import Bank
 from leadline.points import open_points
@@ -40,7 +41,7 @@ def test_a_probe_is_asked_for_the_points_that_no_later_one_decided(tmp_path, sea
         open_points = np.arange(first, stop)
         for probe in (3, 2, 1, 0):
             searches["queries"].clear()
-            assert bench.vote(directory, member, probe, block) == len(open_points)
+            assert vote(bench, member, probe, block) == len(open_points)
             assert searches["queries"] == [len(open_points)]
             part = np.load(directory.votes_part(member.name, probe, block))
             assert part["point_id"].tolist() == open_points.tolist()
@@ -51,13 +52,13 @@ def test_a_probe_is_asked_for_the_points_that_no_later_one_decided(tmp_path, sea
 def test_a_block_without_open_points_is_not_searched(tmp_path, searches):
     config = {**TINY, "votes": "until-decided", "members": [{**TINY["members"][0], "count": 1}]}
     bench, directory, (member,) = embedded(config, tmp_path)
-    bench.vote(directory, member, 3, 0)
+    vote(bench, member, 3, 0)
     part = np.load(directory.votes_part(member.name, 3, 0))
     part["winner"] = -2  # the last probe disagrees about every point
     np.save(directory.votes_part(member.name, 3, 0), part)
     searches.update(queries=[], banks=0)
     for probe in (2, 1, 0):
-        assert bench.vote(directory, member, probe, 0) == 0
+        assert vote(bench, member, probe, 0) == 0
     assert searches == {"queries": [], "banks": 0}
 
 
@@ -80,11 +81,11 @@ def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_b
         later = (3, 2, 1) if votes == "until-decided" else ()
         for member in members:
             for probe in later:
-                bench.vote(directory, member, probe, block)
+                vote(bench, member, probe, block)
         searches["queries"].clear()
         # Shared by the first two, as if the third were in another group.
-        assert bench.share(directory, members[:2], block) == searches["queries"].pop() <= stop - first
-        asked = [bench.vote(directory, member, 0, block) for member in members]
+        assert share(bench, members[:2], block) == searches["queries"].pop() <= stop - first
+        asked = [vote(bench, member, 0, block) for member in members]
         # Many neighbours of a 6 are not below 6, hardly any of them end in 0.
         searched = searches["queries"]
         assert 0 < max(searched) == searched[0] < asked[1]
@@ -92,10 +93,11 @@ def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_b
         assert (len(searched) == 1) or votes == "until-decided"
         for member in members:
             alone = load_config({**config, "members": [{**config["members"][0], "seed": member.seed, "count": 1}]})
-            own, other = Bench(alone, {}), RunDirectory(tmp_path / "alone", directory.scratch)
+            other = RunDirectory(tmp_path / "alone", directory.scratch)
+            own = Workbench(alone, {}, other)
             assert not own.common.pays
             for stage in ("train", *(["vote"] if later else [])):
                 shutil.copytree(directory.root / "units" / stage, other.root / "units" / stage, dirs_exist_ok=True)
-            own.vote(other, member, 0, block)
+            vote(own, member, 0, block)
             place = (member.name, 0, block)
             assert other.votes_part(*place).read_bytes() == directory.votes_part(*place).read_bytes()

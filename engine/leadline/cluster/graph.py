@@ -11,7 +11,7 @@ import torch
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import (
+from leadline.cluster.work import (
     Member,
     bank_of_all,
     bank_parts,
@@ -124,14 +124,14 @@ class Graph:
             shared = (("shared",),) if member == self.members[0] else ()
             needs = (("voted", member.name), ("audited", member.name), *shared)
             done = ("reduced", member.name)
-            made.append(_unit(group, "reduce", directory, (member,), needs, (done,)))
-            made.append(_unit(group, "free", directory, (member,), (done,), ()))
+            made.append(_unit(group, "reduce", (member,), needs, (done,)))
+            made.append(_unit(group, "free", (member,), (done,), ()))
         return made
 
     def _train(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         for member in members:
             if not directory.record("train", member.name).exists():
-                unit = _unit(group, "train", directory, (member,), (), (("trained", member.name),))
+                unit = _unit(group, "train", (member,), (), (("trained", member.name),))
                 yield replace(unit, roams=True)
 
     def _embed(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
@@ -144,7 +144,7 @@ class Graph:
 
             def unit(of: tuple[Member, ...], made: tuple[Thing, ...], instead: tuple[Unit, ...], shard: int) -> Unit:
                 needs = tuple(("trained", member.name) for member in of)
-                return _unit(group, "embed", directory, (of, shard), needs, made, ("networks", group), instead)
+                return _unit(group, "embed", (of, shard), needs, made, ("networks", group), instead)
 
             if parts:
                 alone = tuple(unit(of, (thing,), (), shard) for of, thing in parts) if len(parts) > 1 else ()
@@ -161,7 +161,7 @@ class Graph:
                 embedded = [("embedded", m.name) for m in members] if self._until_decided else []
                 needs = (("input", group), *embedded, *open_in)
                 made = (("shared",), ("share", block))
-                yield _unit(group, "share", directory, (tuple(members), block), needs, made, ("bank", "input"))
+                yield _unit(group, "share", (tuple(members), block), needs, made, ("bank", "input"))
 
     def _beside(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Trials, indexes, kept banks and audits, of the runs that have them."""
@@ -169,17 +169,17 @@ class Graph:
         for probe in self.probes[member.architecture]:
             p, bank = probe.index, ("bank", member.name, probe.index)
             if self.has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
-                yield _unit(group, "trial", directory, (member, p), needs, (("tried", member.architecture),), bank)
+                yield _unit(group, "trial", (member, p), needs, (("tried", member.architecture),), bank)
             if self.has("index", member, probe) and not _is_indexed(directory, member, p):
                 tried = (("tried", member.architecture),)
                 made = (("index", member.name, p),)
-                yield _unit(group, "index", directory, (member, p), (*needs, *tried), made, bank)
+                yield _unit(group, "index", (member, p), (*needs, *tried), made, bank)
             if self.has("keep", member, probe) and not directory.bank(member.name, p).exists():
                 # Not a vote, but it reads the embeddings too, which go when all is voted.
-                yield _unit(group, "keep", directory, (member, p), needs, (("voted", member.name),))
+                yield _unit(group, "keep", (member, p), needs, (("voted", member.name),))
             if self.has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
                 voted = (("voted", member.name),)
-                yield _unit(group, "audit", directory, (member, p), (*needs, *voted), (("audited", member.name),), bank)
+                yield _unit(group, "audit", (member, p), (*needs, *voted), (("audited", member.name),), bank)
 
     def _vote(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Wide probes first, or the last one where a vote waits for that of the next probe."""
@@ -201,9 +201,9 @@ class Graph:
                 for part in range(parts):
                     if directory.part_cost(member.name, p, part, parts, block).name not in there:
                         found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
-                        yield _unit(group, "part", directory, (member, p, part, block), tuple(needs), found, ready)
+                        yield _unit(group, "part", (member, p, part, block), tuple(needs), found, ready)
                 needs.append(("parts", member.name, p, block))
-                yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
+                yield _unit(group, "vote", (member, p, block), tuple(needs), tuple(made), bank)
 
     def parts(self, member: Member, probe: Probe) -> int:
         """Parts of a bank that are searched apart; 0 where it is searched whole."""
@@ -277,8 +277,8 @@ def _embedded(group: int, member: Member) -> tuple[Thing, ...]:
 
 
 def _unit(
-    group: int, stage: str, directory: RunDirectory, arguments: tuple[Any, ...], needs: tuple[Thing, ...],
-    makes: tuple[Thing, ...], warm: Thing | None = None, instead: tuple[Unit, ...] = (),
+    group: int, stage: str, arguments: tuple[Any, ...], needs: tuple[Thing, ...], makes: tuple[Thing, ...],
+    warm: Thing | None = None, instead: tuple[Unit, ...] = (),
 ) -> Unit:  # fmt: skip
     """With a name such as "vote mlp-0 3 12"."""
     said: list[str] = []
@@ -286,7 +286,7 @@ def _unit(
         said += (
             [m.name for m in argument] if isinstance(argument, tuple) else [str(getattr(argument, "name", argument))]
         )
-    return Unit(stage, (directory, *arguments), " ".join([stage, *said]), needs, makes, group, warm, instead)
+    return Unit(stage, arguments, " ".join([stage, *said]), needs, makes, group, warm, instead)
 
 
 def _is_indexed(directory: RunDirectory, member: Member, probe: int) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from leadline.cluster.graph import SHARE_OF_DISK, STAGES, Graph
 from leadline.cluster.rates import BACKWARD, Network, Rates
-from leadline.cluster.units import OUTPUTS, PART, VOTES, Member, blocks, found_by_point, may_err, shard_edges
+from leadline.cluster.work import OUTPUTS, VOTES, Member, blocks, found_by_point, found_in_part, may_err, shard_edges
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
@@ -459,7 +459,7 @@ class _Reckoning:
     @property
     def _found_in_part(self) -> int:
         """Bytes of what all points find in a part of a bank."""
-        kind = np.dtype([(name, of_one, (self.graph.config.k,)) for name, of_one in PART])
+        kind = found_in_part(self.graph.config.k)
         return sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
 
     def _side_by_side(self, members: Sequence[Member]) -> int:

@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from leadline.cluster.schedule import Schedule, Thing, Unit
-from leadline.cluster.units import Bench
+from leadline.cluster.units import UNITS
+from leadline.cluster.workbench import Workbench
 from leadline.config import Engine
 from leadline.errors import LeadlineError, StorageError, one_line
 from leadline.store import RunDirectory
@@ -180,7 +181,7 @@ class Failure:
 
 
 class Pool:
-    """Actors of one run, each a Bench with its share of CPUs and GPUs."""
+    """Actors of one run, each with a workbench and its share of CPUs and GPUs. bench: what makes a `Workbench`."""
 
     def __init__(
         self, engine: Engine, bench: tuple[Any, ...], scratch: Scratch, is_local: bool, say: Callable[[str], None]
@@ -360,12 +361,15 @@ class _Trouble:
     is_death: bool = False
 
 
-class _Actor(Bench):
+class _Actor:
     def __init__(self, search_path: list[str], bench: tuple[Any, ...], scratch: Scratch) -> None:
         sys.path.extend(path for path in search_path if path not in sys.path)
-        super().__init__(*bench)
         self._placement = scratch.placement
         self._folder = None if scratch.placement == "shared" else scratch.open()
+        config, stamps, directory = bench
+        if self._folder is not None:
+            directory = RunDirectory(directory.root, self._folder)
+        self._bench = Workbench(config, stamps, directory)
 
     def ready(self) -> Ready:
         """Answers when the actor can do units."""
@@ -377,12 +381,8 @@ class _Actor(Bench):
         return Ready(place, str(home), str(self._folder), _free(self._folder.parent))
 
     def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
-        """Do a unit: a method of Bench, which returns its work."""
         started = time.perf_counter()
-        directory, *rest = arguments
-        if self._folder is not None:
-            directory = RunDirectory(directory.root, self._folder)
-        work = getattr(self, stage)(directory, *rest)
+        work = UNITS[stage](self._bench, *arguments)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return Done(work, seconds, peak if sys.platform == "darwin" else peak << 10)  # bytes there, KiB elsewhere
