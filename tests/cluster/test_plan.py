@@ -125,15 +125,27 @@ def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch,
 
 
 def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
+    """Those of members, and the one of the input that they share."""
     config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 50_000}}
     bench, directory, members = embedded(config, tmp_path)
     graph = graph_of(bench.config, bench.points)
-    units = [unit for unit in graph.units(0, members, directory) if unit.stage == "part"]
-    for unit in units:
-        UNITS["part"](bench, *unit.arguments)
+    units = graph.units(0, members, directory)
+    made, done = Counter(), Counter()
+    for unit in (unit for unit in units if unit.stage in ("part", "share", "vote")):
+        made[unit.stage] += 1
+        done[unit.stage] += UNITS[unit.stage](bench, *unit.arguments)
     plan = stages(planned(config))
-    assert len(units) == plan["part"].units > 0
-    assert plan["part"].written == written((tmp_path, "units/vote/*/*of*.npy"))
+    assert made == {name: plan[name].units for name in made} and done == {name: plan[name].work for name in made}
+    assert done["part"] == (3 * (7 + 7 + 3) + 19) * 1797
+    # Every pair of a point and a row of a bank is in one part.
+    assert plan["part"].flops == pytest.approx(2 * 1797 * (3 * 1617 * (24 + 24 + 10) + 1797 * 64), rel=0.01)
+    assert plan["share"].flops == plan["vote"].flops == 0
+    in_parts = {folder: written((tmp_path, f"units/{folder}/*of*.npy")) for folder in ("share", "vote/*")}
+    assert min(in_parts.values()) > 0 and plan["part"].written == sum(in_parts.values())
+    assert plan["share"].written == written((tmp_path, "units/share/*.npy")) - in_parts["share"]
+    assert plan["vote"].written == written((tmp_path, "units/vote/*/*.npy")) - in_parts["vote/*"]
+    # What is there already is neither planned for nor done again.
+    assert not {unit.stage for unit in graph.units(0, members, directory)} & {"part", "share", "vote"}
 
 
 def test_flops_are_those_of_the_layers():

@@ -1,12 +1,18 @@
 """Units of a run, done in this process: which points a probe is asked for, and what members share."""
 
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_common import by_brute_force
 from tiny import TINY, embedded
 
-from leadline.cluster.units import share, vote
+from leadline.cluster.units import embed, part, share, vote
+from leadline.cluster.work import common_bank_parts, list_members
 from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.knn import Bank
@@ -101,3 +107,44 @@ def test_votes_from_shared_neighbours_are_those_of_a_search_in_the_members_own_b
             vote(own, member, 0, block)
             place = (member.name, 0, block)
             assert other.votes_part(*place).read_bytes() == directory.votes_part(*place).read_bytes()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_neighbours_that_are_shared_from_parts_are_those_of_one_search_and_of_a_slow_one(data):
+    n, k = data.draw(st.integers(30, 80)), data.draw(st.integers(2, 3))
+    # Few distinct places: equal points, and crowds at equal distances, on both sides of every cut.
+    inputs = np.array(data.draw(st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=n, max_size=n)), np.float32)
+    held_out = [data.draw(st.sets(st.integers(0, n - 1), max_size=n // 8)) for _ in range(3)]
+    leave_one_out = data.draw(st.booleans())
+    memory_budget = 8 * 2 * n // data.draw(st.integers(2, 6))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        np.save(folder / "inputs.npy", inputs)
+        np.save(folder / "labels.npy", np.arange(n) % 2)
+        splits = [np.setdiff1d(np.arange(n), sorted(some)) for some in held_out]
+        config = {
+            **with_splits(folder, "all", *splits),
+            "points": {"source": "npy", "inputs": str(folder / "inputs.npy"), "labels": str(folder / "labels.npy")},
+            "k": k,
+            "leave_one_out": leave_one_out,
+            "engine": {"query_block": 50, "memory_budget": memory_budget},
+        }
+        cut = Workbench(load_config(config), {}, RunDirectory(folder / "cut"))
+        embed(cut, (), 0)
+        common, members = cut.common, list_members(cut.config)
+        assume(common.pays)
+        parts = len(common_bank_parts(cut.config, common, cut.input_probe))
+        assume(parts > 1)
+        del config["engine"]["memory_budget"]
+        whole = Workbench(load_config(config), {}, RunDirectory(folder / "whole", cut.directory.scratch))
+        for block, (first, stop) in enumerate(cut.query_blocks):
+            for number in reversed(range(parts)):
+                assert part(cut, members, 0, number, block) == stop - first
+            share(cut, members, block)
+            share(whole, members, block)
+            made = cut.directory.shared(block)
+            assert made.read_bytes() == whole.directory.shared(block).read_bytes()
+            for point, neighbours in np.load(made):
+                expected = by_brute_force(inputs, common.ids, common.k, point, leave_one_out)
+                assert neighbours.tolist() == expected.tolist()

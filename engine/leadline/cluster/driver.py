@@ -274,7 +274,7 @@ def _written_bytes(graph: Graph, unit: Unit) -> int:
     first, stop = shard_edges(graph.config, graph.points)[shard]
     probes = [probe for member in members for probe in graph.probes[member.architecture][1:]]
     if ("input", unit.group) in unit.makes:
-        probes += graph.probes[graph.members[0].architecture][:1]
+        probes.append(graph.input_probe)
     width = sum(stored_width(probe) for probe in probes)
     return 4 * int(stop - first) * width
 

@@ -16,6 +16,7 @@ from leadline.cluster.work import (
     bank_of_all,
     bank_parts,
     blocks,
+    common_bank_parts,
     is_tried,
     list_members,
     may_err,
@@ -91,15 +92,14 @@ class Graph:
             total["part"] += sum(self.parts(member, probe) for probe in probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
                 total[stage] += sum(self.has(stage, member, probe) for probe in probes)
-        if self.members[0] in members and self.common.pays:
+        if self.shares(members):
             total["share"] = self.blocks
+            total["part"] += self.common_parts * self.blocks
         return total
 
     def embedding_bytes(self, members: Sequence[Member]) -> int:
         """Of a group of members, with the input, which is kept once for all."""
-        probes = self.probes[members[0].architecture][:1] + [
-            probe for member in members for probe in self.probes[member.architecture][1:]
-        ]
+        probes = [self.input_probe, *(probe for m in members for probe in self.probes[m.architecture][1:])]
         return 4 * self.points * sum(stored_width(probe) for probe in probes)
 
     def placement(self, largest: int, is_local: bool) -> str:
@@ -152,16 +152,17 @@ class Graph:
 
     def _share(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         """Once for the run, with its first member; kept until every member is reduced."""
-        if not self.common.pays or self.members[0] not in members:
+        if not self.shares(members):
             return
-        there = directory.finished("share")
+        there, bank, together = directory.finished("share"), ("input", 0, self.common_parts), tuple(members)
         for block in range(self.blocks):
             if directory.shared_cost(block).name not in there:
                 open_in = [("vote", m.name, 1, block) for m in members] if self._until_decided else []
                 embedded = [("embedded", m.name) for m in members] if self._until_decided else []
-                needs = (("input", group), *embedded, *open_in)
-                made = (("shared",), ("share", block))
-                yield _unit(group, "share", (tuple(members), block), needs, made, ("bank", "input"))
+                needs: tuple[Thing, ...] = (("input", group), *embedded, *open_in)
+                yield from _parts(group, together, bank, block, needs, directory, there)
+                needs, made = (*needs, ("parts", "input", 0, block)), (("shared",), ("share", block))
+                yield _unit(group, "share", (together, block), needs, made, ("bank", "input", 0))
 
     def _beside(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Trials, indexes, kept banks and audits, of the runs that have them."""
@@ -197,20 +198,34 @@ class Graph:
                 if self._until_decided:
                     needs.append(("vote", member.name, p + 1, block))
                     made.append(("vote", member.name, p, block))
-                parts = self.parts(member, probe)
-                for part in range(parts):
-                    if directory.part_cost(member.name, p, part, parts, block).name not in there:
-                        found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
-                        yield _unit(group, "part", (member, p, part, block), tuple(needs), found, ready)
+                cut = (member.name, p, self.parts(member, probe))
+                yield from _parts(group, (member,), cut, block, tuple(needs), directory, there)
                 needs.append(("parts", member.name, p, block))
                 yield _unit(group, "vote", (member, p, block), tuple(needs), tuple(made), bank)
 
+    def shares(self, members: Sequence[Member]) -> bool:
+        """Whether what all members share is found with this group of them: with the first one's."""
+        return self.common.pays and self.members[0] in members
+
     def parts(self, member: Member, probe: Probe) -> int:
-        """Parts of a bank that are searched apart; 0 where it is searched whole."""
+        """Parts of a member's bank that are searched apart; 0 where it is searched whole, or in the common one."""
         if probe.index == 0 and self.common.pays:
             return 0
         parts = len(bank_parts(self.config, self.bank_rows[member.name], probe))
         return parts if parts > 1 else 0
+
+    @property
+    def common_parts(self) -> int:
+        """The same of the common bank."""
+        if not self.common.pays:
+            return 0
+        parts = len(common_bank_parts(self.config, self.common, self.input_probe))
+        return parts if parts > 1 else 0
+
+    @property
+    def input_probe(self) -> Probe:
+        """The same for all members."""
+        return self.probes[self.members[0].architecture][0]
 
     @property
     def _until_decided(self) -> bool:
@@ -274,6 +289,18 @@ def _place_probes(config: RunConfig, points: Outline) -> dict[str, list[Probe]]:
 
 def _embedded(group: int, member: Member) -> tuple[Thing, ...]:
     return ("embedded", member.name), ("input", group)
+
+
+def _parts(
+    group: int, members: tuple[Member, ...], bank: tuple[str, int, int], block: int, needs: tuple[Thing, ...],
+    directory: RunDirectory, there: frozenset[str],
+) -> Iterator[Unit]:  # fmt: skip
+    """What is still to be searched for a block in the parts of a bank. bank: whose, at which probe, how many parts."""
+    owner, probe, parts = bank
+    for part in range(parts):
+        if directory.part_cost(owner, probe, part, parts, block).name not in there:
+            made, ready = (("parts", owner, probe, block),), ("bank", owner, probe, part)
+            yield _unit(group, "part", (members, probe, part, block), needs, made, ready)
 
 
 def _unit(

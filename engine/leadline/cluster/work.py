@@ -87,12 +87,24 @@ def blocks(n: int, size: int) -> list[tuple[int, int]]:
 
 
 def bank_parts(config: RunConfig, n_bank: int, probe: Probe) -> list[tuple[int, int]]:
-    """(first, stop) of the parts of a bank, each of which a worker's search can hold; one where it holds the whole.
+    """(first, stop) of the parts of a member's bank; one where a worker's search holds the whole. No index is cut."""
+    if config.method_of(probe.name) != "exact":
+        return [(0, n_bank)]
+    return _cut(n_bank, stored_width(probe), config.k, config.engine.memory_budget)
 
-    Every part has more than k rows, so that it alone could answer a query.
+
+def common_bank_parts(config: RunConfig, common: CommonBank, probe: Probe) -> list[tuple[int, int]]:
+    """The same of the common bank; probe: the input."""
+    return _cut(len(common.ids), stored_width(probe), common.k, config.engine.memory_budget)
+
+
+def _cut(n_bank: int, width: int, k: int, memory_budget: int) -> list[tuple[int, int]]:
+    """(first, stop) of the fewest parts of a bank that a search holds in memory each (see `fits_memory`).
+
+    Or of fewer, so that every part has more than k rows and could answer a query alone.
     """
-    parts = -(-8 * n_bank * stored_width(probe) // config.engine.memory_budget)
-    parts = max(1, min(parts, n_bank // (config.k + 1))) if config.method_of(probe.name) == "exact" else 1
+    held = max(1, memory_budget // (8 * width))  # rows
+    parts = max(1, min(-(-n_bank // held), n_bank // (k + 1)))
     return [(n_bank * i // parts, n_bank * (i + 1) // parts) for i in range(parts)]
 
 

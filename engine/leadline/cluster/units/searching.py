@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leadline.cluster.common import own_neighbours
-from leadline.cluster.work import VOTES, Member, bank_parts, found_by_point, found_in_part
+from leadline.cluster.work import VOTES, Member, bank_parts, common_bank_parts, found_by_point, found_in_part
 from leadline.cluster.workbench import Workbench, places
 from leadline.knn import NOTHING, Bank, Cost, count_votes, merged
 from leadline.knn.arrays import Array
 from leadline.store.files import read_array, read_json, write_array, write_json
+from leadline.store.places import Place
 from leadline.store.schemas import VOTE_FIELDS
 
 Spent = dict[str, Any]  # the fields of a Cost, and how the bank was searched; where it is cut, the seconds of its parts
@@ -36,30 +37,35 @@ def share(bench: Workbench, members: Sequence[Member], block: int) -> int:
 
     Returns the number of points. With `votes: until-decided`, the members' votes at probe 1 must be there.
     """
-    started, common = time.perf_counter(), bench.common
-    bank = _BankOf("input", 0, common.ids, common.k, [(0, len(common.ids))])
-    asked = np.unique(np.concatenate([_open_points(bench, member, 0, block) for member in members]))
+    started = time.perf_counter()
+    bank, asked = _common_bank(bench), _open_points(bench, members, 0, block)
     shared = np.empty(len(asked), found_by_point(bank.k))
     shared["point_id"] = asked
-    shared["neighbours"], _, cost = _in_order(bench, bank, bank.ids, asked)
+    if len(bank.parts) > 1:
+        shared["neighbours"], cost = _among_parts(bench, bank, block)
+    else:
+        shared["neighbours"], _, cost = _in_order(bench, bank, bank.ids, asked)
     write_array(bench.directory.shared(block), shared)
-    write_json(bench.directory.shared_cost(block), {**cost, "seconds": time.perf_counter() - started})
+    _write_cost(bench.directory.shared_cost(block), cost, started)
     return len(asked)
 
 
-def part(bench: Workbench, member: Member, probe: int, number: int, block: int) -> int:
+def part(bench: Workbench, members: Sequence[Member], probe: int, number: int, block: int) -> int:
     """The nearest rows of one part of a bank to a block's open points. Returns their number.
 
-    A bank that no worker can hold is cut: each worker makes a part ready once, for all blocks.
+    members: the one whose bank it is, or those that share the common one. A bank that no worker can hold is cut: each
+    worker makes a part ready once, for all blocks.
     """
     started = time.perf_counter()
-    bank, asked = _bank_of(bench, member, probe), _open_points(bench, member, probe, block)
+    is_common = probe == 0 and bench.common.pays
+    bank = _common_bank(bench) if is_common else _own_bank(bench, members[0], probe)
+    asked = _open_points(bench, members, probe, block)
     found = np.empty(len(asked), found_in_part(bank.k))
-    own = bank.ids[slice(*bank.parts[number])]
-    found["neighbours"], found["squares"], cost = _in_order(bench, bank, own, asked)
-    place = (member.name, probe, number, len(bank.parts), block)
+    ids = bank.ids[slice(*bank.parts[number])]
+    found["neighbours"], found["squares"], cost = _in_order(bench, bank, ids, asked)
+    place = (bank.owner, probe, number, len(bank.parts), block)
     write_array(bench.directory.part(*place), found)
-    write_json(bench.directory.part_cost(*place), {**cost, "seconds": time.perf_counter() - started})
+    _write_cost(bench.directory.part_cost(*place), cost, started)
     return len(asked)
 
 
@@ -70,7 +76,7 @@ def vote(bench: Workbench, member: Member, probe: int, block: int) -> int:
     members share.
     """
     started, directory = time.perf_counter(), bench.directory
-    bank, asked = _bank_of(bench, member, probe), _open_points(bench, member, probe, block)
+    bank, asked = _own_bank(bench, member, probe), _open_points(bench, [member], probe, block)
     if probe == 0 and bench.common.pays:
         neighbours, cost = _among_shared(bench, bank, block, asked)
     elif len(bank.parts) > 1:
@@ -85,9 +91,13 @@ def vote(bench: Workbench, member: Member, probe: int, block: int) -> int:
     for field in VOTE_FIELDS:
         found[field] = getattr(votes, field)
     write_array(directory.votes_part(member.name, probe, block), found)
-    seconds = time.perf_counter() - started + cost.get("seconds", 0.0)
-    write_json(directory.votes_cost(member.name, probe, block), {**cost, "seconds": seconds})
+    _write_cost(directory.votes_cost(member.name, probe, block), cost, started)
     return len(asked)
+
+
+def _write_cost(place: Place, cost: Spent, started: float) -> None:
+    """The record of a unit that is done; its seconds are also those of the parts that it has joined."""
+    write_json(place, {**cost, "seconds": time.perf_counter() - started + cost.get("seconds", 0.0)})
 
 
 def _keep_sampled(bench: Workbench, member: Member, probe: int, block: int, asked: Array, neighbours: Array) -> None:
@@ -99,19 +109,30 @@ def _keep_sampled(bench: Workbench, member: Member, probe: int, block: int, aske
     write_array(bench.directory.sampled(member.name, probe, block), sampled)
 
 
-def _bank_of(bench: Workbench, member: Member, probe: int) -> _BankOf:
+def _own_bank(bench: Workbench, member: Member, probe: int) -> _BankOf:
     ids, about = bench.training_ids(member), bench.probes(member)[probe]
     return _BankOf(member.name, probe, ids, bench.config.k, bank_parts(bench.config, len(ids), about))
 
 
-def _open_points(bench: Workbench, member: Member, probe: int, block: int) -> Array:
-    """Ids of the points of a block that a probe is asked for: all of them, or those that no later probe decided."""
+def _common_bank(bench: Workbench) -> _BankOf:
+    common = bench.common
+    return _BankOf("input", 0, common.ids, common.k, common_bank_parts(bench.config, common, bench.input_probe))
+
+
+def _open_points(bench: Workbench, members: Sequence[Member], probe: int, block: int) -> Array:
+    """Ids of the points of a block that any of the members is asked for at a probe.
+
+    All of them, or those that no later probe has decided.
+    """
     every = np.arange(*bench.query_blocks[block])
-    if bench.config.votes == "all" or probe == len(bench.probes(member)) - 1:
-        return every
-    later = read_array(bench.directory.votes_part(member.name, probe + 1, block))
-    said = bench.outputs(member)[later["point_id"]]["prediction"]
-    return np.asarray(later["point_id"][later["winner"] == said])
+    is_open = np.zeros(len(every), bool)
+    for member in members:
+        if bench.config.votes == "all" or probe == len(bench.probes(member)) - 1:
+            return every
+        later = read_array(bench.directory.votes_part(member.name, probe + 1, block))
+        said = bench.outputs(member)[later["point_id"]]["prediction"]
+        is_open[later["point_id"][later["winner"] == said] - every[0]] = True
+    return every[is_open]
 
 
 def _among_own(bench: Workbench, bank: _BankOf, asked: Array) -> tuple[Array, Spent]:
@@ -124,10 +145,14 @@ def _among_parts(bench: Workbench, bank: _BankOf, block: int) -> tuple[Array, Sp
     """The same, in the order of (distance, id), from the searches of all parts of the bank."""
     n = len(bank.parts)
     searched = [(bank.owner, bank.probe, number, n, block) for number in range(n)]
-    found = np.stack([read_array(bench.directory.part(*place)) for place in searched], axis=1)
+    found = read_array(bench.directory.part(*searched[0]))
+    for place in searched[1:]:
+        # One after another: what two parts have found is in memory, not what all have.
+        other = read_array(bench.directory.part(*place))
+        rows, squares = (np.concatenate([found[name], other[name]], axis=1) for name in ("neighbours", "squares"))
+        found["neighbours"], found["squares"] = merged(rows, squares, bank.k)
     costs = [read_json(bench.directory.part_cost(*place)) for place in searched]
-    neighbours, squares = (found[name].reshape(len(found), -1) for name in ("neighbours", "squares"))
-    return merged(neighbours, squares, bank.k), {
+    return found["neighbours"], {
         **{name: sum(cost[name] for cost in costs) for name in ("seconds", *(field.name for field in fields(Cost)))},
         "plan": next((f"{n} parts, {cost['plan']}" for cost in costs if cost["plan"]), None),
     }
@@ -148,7 +173,7 @@ def _among_shared(bench: Workbench, bank: _BankOf, block: int, asked: Array) -> 
 
 
 def _in_order(bench: Workbench, bank: _BankOf, ids: Array, asked: Array) -> tuple[Array, Array, Spent]:
-    """The same among some of a bank's points, in the order of (distance, id), with squared distances [Q, k]."""
+    """The nearest of some of a bank's points: ids [Q, k] by (distance, id), their squared distances, and the cost."""
     rows, cost = _search(bench, bank, ids, asked)
     squares = np.empty(rows.shape)
     if len(asked):
