@@ -19,7 +19,7 @@ import ray
 from rich.console import Console
 
 from leadline.cluster.graph import SHARE_OF_DISK, SHARE_OF_MEMORY, STAGES, Graph, graph_of
-from leadline.cluster.pool import MEMORY, Ended, Failure, Place, Pool, Scratch, connected, untried
+from leadline.cluster.pool import MEMORY, Ended, Failure, Pool, Scratch, Seat, connected, untried
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.watch import Watch, watched
@@ -191,9 +191,9 @@ def _do(
             waiting.popleft()
             add(number)
 
-    def began(unit: Unit, place: Place, at: float) -> None:
+    def began(unit: Unit, seat: Seat, at: float) -> None:
         lease.check()
-        watch.began(unit, place, at)
+        watch.began(unit, seat, at)
 
     def ended(unit: Unit, end: Ended) -> None:
         lease.check()
