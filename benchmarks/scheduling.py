@@ -20,7 +20,7 @@ import leadline
 from leadline.cluster.pool import Ended, Pool, Scratch, connected
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
-from leadline.cluster.units import list_members
+from leadline.cluster.work import list_members
 from leadline.config import load_config
 from leadline.store import RunDirectory
 
@@ -50,7 +50,7 @@ def empty(
         def add() -> None:
             number = left.pop(0)
             schedule.add(
-                Unit("free", (directory, member), f"{number} {i}", ((number, i - 1),), ((number, i),), number)
+                Unit("free", (member,), f"{number} {i}", ((number, i - 1),), ((number, i),), number)
                 for i in range(GROUP)
             )
 
@@ -63,7 +63,7 @@ def empty(
                 add()
 
         stages = Stages(Console(stderr=True))
-        pool = Pool(config.engine, (config, {}), Scratch("shared", None, "", "", 0), is_local, stages.say)
+        pool = Pool(config.engine, (config, {}, directory), Scratch("shared", None, "", "", 0), is_local, stages.say)
         add()
         add()
         started = time.perf_counter()

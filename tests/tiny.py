@@ -5,7 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leadline.cluster.units import Bench, list_members
+from leadline.cluster.units import embed, train
+from leadline.cluster.work import list_members
+from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.store import RunDirectory
 
@@ -34,14 +36,14 @@ def tables_of(run: Path) -> dict[str, pa.Table]:
 
 
 def embedded(config, root):
-    """A bench and a directory in which all members are trained and embedded here: (bench, directory, members)."""
+    """A workbench on which all members are trained and embedded: (bench, its directory, members)."""
     config = load_config(config)
-    bench, directory, members = Bench(config, {}), RunDirectory(root), list_members(config)
+    bench, members = Workbench(config, {}, RunDirectory(root)), list_members(config)
     for member in members:
-        bench.train(directory, member)
+        train(bench, member)
     for shard in range(len(bench.shards)):
-        bench.embed(directory, members, shard)
-    return bench, directory, members
+        embed(bench, members, shard)
+    return bench, bench.directory, members
 
 
 def descendants(ancestor):

@@ -192,7 +192,7 @@ class Engine(Section):
     group_size: int = Field(default=4, ge=1, description="members that are embedded and kept on disk together")
     query_block: int = Field(default=8192, ge=1, description="queries of one voting unit")
     memory_budget: int = Field(
-        default=4 << 30, ge=1, description="bytes that an actor's search may take; larger banks are read tile by tile"
+        default=4 << 30, ge=1, description="bytes that an actor's search may take; larger banks are searched in parts"
     )
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"

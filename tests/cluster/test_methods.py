@@ -18,7 +18,7 @@ from tiny import TINY, embedded, tables_of
 
 import leadline
 from leadline import LeadlineError
-from leadline.cluster import units
+from leadline.cluster.units import audit, index, methods, reduce, trial, vote
 from leadline.config import load_config
 from leadline.knn.audit import draw
 from leadline.points import open_points
@@ -190,11 +190,11 @@ def one_member(**changes):
 
 
 def test_auto_takes_what_the_trial_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "candidates", lambda n_bank: [COARSE, "flat"])
+    monkeypatch.setattr(methods, "candidates", lambda n_bank: [COARSE, "flat"])
     config = one_member(method="auto", audit={"sample": 500, "depth_agreement": 0.99})
     bench, directory, (member,) = embedded(config, tmp_path)
     for probe in range(4):
-        bench.trial(directory, member, probe)
+        trial(bench, member, probe)
         record = json.loads(directory.trial("mlp", probe).read_text())
         tried = {option["method"]: option for option in record["options"]}
         if "flat" in tried:  # it is not built where the first took longer to build than all of exact search
@@ -208,7 +208,7 @@ def test_auto_takes_what_the_trial_measured(tmp_path, monkeypatch):
         record = {"exact_seconds": 9.0 if probe in (1, 3) else 0.5, "reduced": [], "options": options}
         directory.trial("mlp", probe).write_text(json.dumps(record))
     for probe in range(4):
-        bench.index(directory, member, probe)
+        index(bench, member, probe)
     records = [json.loads(directory.index_record(member.name, probe).read_text()) for probe in range(4)]
     assert [record["method"] for record in records] == ["exact", "flat", "exact", "flat"]
     assert all("exact is cheaper" in records[probe]["choice"] for probe in (0, 2))
@@ -221,22 +221,22 @@ def test_auto_leaves_room_for_what_a_given_method_changes(tmp_path):
         for probe, method, changed in ((1, COARSE, list(range(spent))), (2, "flat", [100, 101])):
             option = {"method": method, "seconds": 1.0, "changed": changed}
             write_json(directory.trial("mlp", probe), {"exact_seconds": 9.0, "reduced": [], "options": [option]})
-        bench.index(directory, member, 2)
+        index(bench, member, 2)
         assert json.loads(directory.index_record(member.name, 2).read_text())["method"] == expected
 
 
 def test_a_damaged_index_is_found_by_its_fingerprint(tmp_path):
     bench, directory, (member,) = embedded(one_member(method=COARSE), tmp_path)
-    bench.index(directory, member, 1)
+    index(bench, member, 1)
     path = directory.index(member.name, 1)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(LeadlineError, match=r"001\.index: missing, damaged or changed"):
-        bench.vote(directory, member, 1, 0)
+        vote(bench, member, 1, 0)
     path.unlink()
     with pytest.raises(LeadlineError, match=r"001\.index: missing, damaged or changed"):
-        bench.vote(directory, member, 1, 0)
+        vote(bench, member, 1, 0)
 
 
 def test_exact_depths_of_the_sample_do_not_depend_on_what_approximate_votes_left_out(tmp_path):
@@ -246,14 +246,14 @@ def test_exact_depths_of_the_sample_do_not_depend_on_what_approximate_votes_left
     bench, directory, (member,) = embedded(config, tmp_path)
     for probe in (3, 2, 1, 0):
         if probe in (2, 3):
-            bench.index(directory, member, probe)
+            index(bench, member, probe)
         for block in range(len(bench.query_blocks)):
-            bench.vote(directory, member, probe, block)
+            vote(bench, member, probe, block)
     for probe in range(4):
-        bench.audit(directory, member, probe)
-    bench.reduce(directory, member)
+        audit(bench, member, probe)
+    reduce(bench, member)
     record = json.loads(directory.record("reduce", member.name).read_text())["audit"]
-    rows = [bench._rows(directory, member.name, probe, np.arange(1797))[:].astype(float) for probe in range(4)]
+    rows = [bench.rows(member.name, probe, np.arange(1797))[:].astype(float) for probe in range(4)]
     depths = leadline.store.tables.read_table(directory.member_table("depths", member.name)).to_pydict()
     bank, labels = np.flatnonzero(depths["in_training"]), np.array(depths["label"])
     errors = []

@@ -16,6 +16,7 @@ from leadline.cluster.described import describe_cluster, describe_points, withou
 from leadline.cluster.graph import graph_of
 from leadline.cluster.plan import plan_of
 from leadline.cluster.rates import Law, Rates, Search, assumed, networks_of
+from leadline.cluster.units import UNITS
 from leadline.config import load_config
 from leadline.errors import LeadlineError
 from leadline.points import open_points
@@ -80,7 +81,7 @@ def test_units_and_bytes_are_those_that_the_work_leaves(tmp_path, config):
         for name in names:
             for unit in (unit for unit in units if unit.stage == name):
                 made[name] += 1
-                done[name] += getattr(bench, name)(*unit.arguments)
+                done[name] += UNITS[name](bench, *unit.arguments)
 
     do("share", "vote", "audit", "reduce")
     assert plan["share"].written == written((tmp_path, "units/share/*.npy"))
@@ -114,25 +115,37 @@ def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch,
     graph = graph_of(bench.config, bench.points)
     for unit in graph.units(0, [member], directory):
         if unit.stage in ("part", "share", "vote"):
-            getattr(bench, unit.stage)(*unit.arguments)
-    read, inputs = [], bench._inputs
-    monkeypatch.setattr(bench, "_inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+            UNITS[unit.stage](bench, *unit.arguments)
+    read, inputs = [], bench.inputs
+    monkeypatch.setattr(bench, "inputs", lambda ids: read.append(len(ids)) or inputs(ids))
     for probe in graph.probes["mlp"]:
-        bench.audit(directory, member, probe.index)
+        UNITS["audit"](bench, member, probe.index)
     planned_bytes = stages(planned(bench.config.model_dump(mode="json")))["audit"].read
     assert planned_bytes == pytest.approx(4 * 64 * sum(read), rel=0.15)
 
 
 def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
+    """Those of members, and the one of the input that they share."""
     config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 50_000}}
     bench, directory, members = embedded(config, tmp_path)
     graph = graph_of(bench.config, bench.points)
-    units = [unit for unit in graph.units(0, members, directory) if unit.stage == "part"]
-    for unit in units:
-        bench.part(*unit.arguments)
+    units = graph.units(0, members, directory)
+    made, done = Counter(), Counter()
+    for unit in (unit for unit in units if unit.stage in ("part", "share", "vote")):
+        made[unit.stage] += 1
+        done[unit.stage] += UNITS[unit.stage](bench, *unit.arguments)
     plan = stages(planned(config))
-    assert len(units) == plan["part"].units > 0
-    assert plan["part"].written == written((tmp_path, "units/vote/*/*of*.npy"))
+    assert made == {name: plan[name].units for name in made} and done == {name: plan[name].work for name in made}
+    assert done["part"] == (3 * (7 + 7 + 3) + 19) * 1797
+    # Every pair of a point and a row of a bank is in one part.
+    assert plan["part"].flops == pytest.approx(2 * 1797 * (3 * 1617 * (24 + 24 + 10) + 1797 * 64), rel=0.01)
+    assert plan["share"].flops == plan["vote"].flops == 0
+    in_parts = {folder: written((tmp_path, f"units/{folder}/*of*.npy")) for folder in ("share", "vote/*")}
+    assert min(in_parts.values()) > 0 and plan["part"].written == sum(in_parts.values())
+    assert plan["share"].written == written((tmp_path, "units/share/*.npy")) - in_parts["share"]
+    assert plan["vote"].written == written((tmp_path, "units/vote/*/*.npy")) - in_parts["vote/*"]
+    # What is there already is neither planned for nor done again.
+    assert not {unit.stage for unit in graph.units(0, members, directory)} & {"part", "share", "vote"}
 
 
 def test_flops_are_those_of_the_layers():

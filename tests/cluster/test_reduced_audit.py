@@ -19,8 +19,11 @@ from scipy.spatial.distance import cdist
 from tiny import TINY, embedded, tables_of
 
 import leadline
-from leadline.cluster import driver, units
+from leadline.cluster import driver
 from leadline.cluster.graph import Graph
+from leadline.cluster.units import methods, reducing, searching
+from leadline.cluster.work import is_tried
+from leadline.knn.choice import Choice
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, read_probes
 from leadline.members.weights import load_weights
@@ -55,21 +58,21 @@ def planned(bench, members, probes, stage):
     graph = Graph(bench.config, members, {"mlp": probes}, bench.common, rows, 1797, len(bench.shards), 1)
     units = graph.units(0, members, RunDirectory(Path("nowhere")))
     assert graph.totals(members)[stage] == sum(unit.stage == stage for unit in units)
-    return [unit.arguments[1:] for unit in units if unit.stage == stage]
+    return [unit.arguments for unit in units if unit.stage == stage]
 
 
 def voted(bench, directory, members):
     """All units of voting of members that are embedded, and of audit and reduction of the last, in this process."""
-    last = len(bench._probes(directory, members[0])) - 1
+    last = len(bench.probes(members[0])) - 1
     for probe in range(last, -1, -1):
         for block in range(len(bench.query_blocks)):
             if probe == 0 and bench.common.pays:
-                bench.share(directory, members, block)
+                searching.share(bench, members, block)
             for member in members:
-                bench.vote(directory, member, probe, block)
+                searching.vote(bench, member, probe, block)
     for probe in range(last + 1):
-        bench.audit(directory, members[-1], probe)
-    bench.reduce(directory, members[-1])
+        methods.audit(bench, members[-1], probe)
+    reducing.reduce(bench, members[-1])
 
 
 def nearest(rows, bank, k):
@@ -109,7 +112,7 @@ def test_the_audit_of_all_points_is_a_comparison_with_full_width(tmp_path, votes
     assert (found < 0).any() == (votes == "until-decided")
     depths, prediction = table["depth"].to_numpy(), table["prediction"].to_numpy()
     slow = np.zeros(1797, int)
-    reductions = [probe.reduction for probe in bench._probes(directory, member)]
+    reductions = [probe.reduction for probe in bench.probes(member)]
     assert reductions == ["jl:20", "pca:8", "jl:8", "pool:1x1", "pool:1x1", "none", "none"]
     for probe, audit in enumerate(record["probes"]):
         neighbours = nearest(whole[probe], bank, k)
@@ -121,7 +124,7 @@ def test_the_audit_of_all_points_is_a_comparison_with_full_width(tmp_path, votes
             continue
         assert audit["audit_sample"] == there.sum()
         assert audit["vote_agreement"] == np.mean(found[there, probe] == exact[there])
-        stored = bench._rows(directory, member.name, probe, np.arange(1797))[:]
+        stored = bench.rows(member.name, probe, np.arange(1797))[:]
         ours = nearest(stored, bank, k)
         recall = [len(set(a) & set(b)) / k for a, b in zip(ours[there], neighbours[there], strict=True)]
         assert audit["recall"] == pytest.approx(np.mean(recall))
@@ -165,7 +168,7 @@ def test_where_no_probe_is_narrowed_there_is_no_audit(tmp_path):
     """`jl:100` is wider than every layer: what is stored is the whole, and the votes are exact."""
     config = {**TINY, "reduction": "jl:100"}
     bench, directory, members = embedded(config, tmp_path)
-    probes = bench._probes(directory, members[0])
+    probes = bench.probes(members[0])
     assert planned(bench, members, probes, "audit") == []
     voted(bench, directory, members)
     record = read_json(directory.record("reduce", members[-1].name))
@@ -180,7 +183,7 @@ def test_where_no_probe_is_narrowed_there_is_no_audit(tmp_path):
 
 def test_auto_counts_what_reductions_have_changed(tmp_path, monkeypatch):
     pytest.importorskip("faiss")
-    monkeypatch.setattr(units, "candidates", lambda n_bank: ["flat"])
+    monkeypatch.setattr(methods, "candidates", lambda n_bank: ["flat"])
     config = {
         **MLP,
         "members": [{**TINY["members"][0], "count": 1}],
@@ -189,15 +192,15 @@ def test_auto_counts_what_reductions_have_changed(tmp_path, monkeypatch):
         "audit": {"sample": 500, "depth_agreement": 0.97},
     }
     bench, directory, (member,) = embedded(config, tmp_path)
-    probes = bench._probes(directory, member)
-    assert [units.is_tried(bench.config, bench.common, probe) for probe in probes] == [False, True, True, False]
-    labels, bank = bench.points.labels, bench._training_ids(member)
-    prediction = bench._outputs(directory, member)[:]["prediction"]
+    probes = bench.probes(member)
+    assert [is_tried(bench.config, bench.common, probe) for probe in probes] == [False, True, True, False]
+    labels, bank = bench.points.labels, bench.training_ids(member)
+    prediction = bench.outputs(member)[:]["prediction"]
     records = {}
     for probe, whole in ((1, None), (2, whole_embeddings(bench, directory, member)[2])):
-        bench.trial(directory, member, probe)
+        methods.trial(bench, member, probe)
         records[probe] = json.loads(directory.trial("mlp", probe).read_text())
-        stored = bench._rows(directory, member.name, probe, np.arange(1797))[:]
+        stored = bench.rows(member.name, probe, np.arange(1797))[:]
         ours, exact = (
             winners(nearest(rows, bank, 10), labels) for rows in (stored, stored if whole is None else whole)
         )
@@ -210,7 +213,7 @@ def test_auto_counts_what_reductions_have_changed(tmp_path, monkeypatch):
             options = [{"method": "flat", "seconds": 1.0, "changed": reduced if probe == 2 else []}]
             record = {"exact_seconds": 9.0, "reduced": reduced if probe == 2 else [], "options": options}
             write_json(directory.trial("mlp", probe), record)
-        choices = [bench._choice(directory, member, probe) for probe in (1, 2)]
+        choices = [methods.choice_of(bench, member, probe) for probe in (1, 2)]
         assert [choice.method for choice in choices] == [expected, expected]
         assert ("no cheaper method meets 0.97" in choices[0].why) == bool(reduced)
 
@@ -224,18 +227,18 @@ def test_auto_tries_a_reduced_probe_that_is_searched_exactly(tmp_path):
     }
     bench, directory, members = embedded(config, tmp_path)
     assert bench.common.pays
-    tried = planned(bench, members, bench._probes(directory, members[0]), "trial")
+    tried = planned(bench, members, bench.probes(members[0]), "trial")
     assert tried == [(members[0], probe) for probe in (0, 1, 2)]
     for unit in ((members[0], 0), (members[0], 2)):
-        bench.trial(directory, *unit)
+        methods.trial(bench, *unit)
         record = json.loads(directory.trial("mlp", unit[1]).read_text())
         assert record["reduced"] and record["options"] == []
     write_json(
         directory.trial("mlp", 1),
         {"exact_seconds": 9.0, "reduced": [], "options": [{"method": "flat", "seconds": 1.0, "changed": []}]},
     )
-    assert bench._choice(directory, members[1], 0) == units.Choice("exact", units.SHARED)
-    assert "no cheaper method meets" in bench._choice(directory, members[1], 1).why
+    assert methods.choice_of(bench, members[1], 0) == Choice("exact", methods.SHARED)
+    assert "no cheaper method meets" in methods.choice_of(bench, members[1], 1).why
 
 
 # Whole runs

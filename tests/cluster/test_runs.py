@@ -107,15 +107,17 @@ def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, 
 
 @pytest.mark.parametrize("votes", ["all", pytest.param("until-decided", marks=pytest.mark.slow)])
 def test_banks_that_no_worker_holds_are_searched_in_parts(request, tmp_path, votes):
-    """Cut into up to seven parts, each searched alone; votes and depths are the same, ties and all."""
+    """Cut into up to eight parts, each searched alone; votes and depths are the same, ties and all."""
     other = leadline.run({**changed(memory_budget=120_000), "votes": votes}, tmp_path / "run")
-    assert other.manifest["stages"]["part"]["units"] > 3 * 6 * 3
+    # For six blocks of points, at three probes of three members, and at the input that they share.
+    assert other.manifest["stages"]["part"]["units"] == 6 * (3 * (3 + 3 + 2) + 8)
     assert verify(other.directory) == []
     expected = tables_of(request.getfixturevalue("tiny_run" if votes == "all" else "until_decided_run").directory.root)
     for name, table in tables_of(other.directory.root).items():
         if name == "probes.parquet":
-            plans = set(table["plan"].to_pylist())
-            assert any((plan or "").startswith("3 parts, all 24 values") for plan in plans), plans
+            plans = [plan or "" for plan in table["plan"].to_pylist()]
+            assert any(plan.startswith("3 parts, all 24 values") for plan in plans), plans
+            assert plans[0].startswith("8 parts, "), plans
         else:
             assert table == expected[name], name
 

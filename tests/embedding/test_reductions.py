@@ -19,7 +19,9 @@ from torch.utils.data import TensorDataset
 import leadline
 from leadline import LeadlineError
 from leadline.cluster import driver
-from leadline.cluster.units import Bench, list_members
+from leadline.cluster.units import embed, train
+from leadline.cluster.work import list_members
+from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.embedding import embed_batch, extract, fit_directions, signs
 from leadline.embedding.principal import principal_directions
@@ -374,12 +376,12 @@ def test_a_run_records_its_reductions_and_goes_on_after_the_fit(tmp_path, monkey
 def test_stored_embeddings_are_narrow_and_other_directions_are_refused(tmp_path):
     config = load_config(REDUCED)
     directory, (member, other) = RunDirectory(tmp_path), list_members(config)
-    bench = Bench(config, {})
-    bench.train(directory, member)
-    bench.train(directory, other)
-    bench.embed(directory, [member], 1)
+    bench = Workbench(config, {}, directory)
+    train(bench, member)
+    train(bench, other)
+    embed(bench, [member], 1)
     widths = [np.load(directory.embedding(member.name, probe, 1)).shape[1] for probe in range(7)]
     assert widths == [40, 16, 64, 8, 16, 32, 10]
     Path(directory.directions(member.name)).write_bytes(directory.directions(other.name).read_bytes())
     with pytest.raises(LeadlineError, match="not the directions that the run was begun with"):
-        Bench(config, {}).embed(directory, [member], 1)
+        embed(Workbench(config, {}, directory), [member], 1)

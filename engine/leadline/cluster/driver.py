@@ -19,11 +19,11 @@ import ray
 from rich.console import Console
 
 from leadline.cluster.graph import SHARE_OF_DISK, SHARE_OF_MEMORY, STAGES, Graph, graph_of
-from leadline.cluster.pool import MEMORY, Ended, Failure, Place, Pool, Scratch, connected, untried
+from leadline.cluster.pool import MEMORY, Ended, Failure, Pool, Scratch, Seat, connected, untried
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Schedule, Unit
-from leadline.cluster.units import Member, blocks, shard_edges
 from leadline.cluster.watch import Watch, watched
+from leadline.cluster.work import Member, blocks, shard_edges
 from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import stored_width
@@ -76,7 +76,7 @@ def run(
             stages.say(f"{config.name}: {len(points):,} points, {len(graph.members)} members, in {directory.root}")
             _write_points(directory, points, stamps)
             with connected(config.engine, address) as is_local:
-                _compute(graph, directory, (config, stamps), is_local, watch, lease)
+                _compute(graph, directory, stamps, is_local, watch, lease)
             if not train_only:
                 lease.check()
                 directory.free_scratch()
@@ -122,8 +122,8 @@ def _write_points(directory: RunDirectory, points: Points, stamps: dict[str, str
 
 
 def _compute(
-    graph: Graph, directory: RunDirectory, bench: tuple[Any, ...], is_local: bool, watch: Watch, lease: Lease
-) -> None:  # fmt: skip
+    graph: Graph, directory: RunDirectory, stamps: dict[str, str], is_local: bool, watch: Watch, lease: Lease
+) -> None:
     """Train, embed, vote and reduce what is not there from an earlier try.
 
     Raises LeadlineError that names the units that were set aside, when all else is done.
@@ -140,7 +140,7 @@ def _compute(
     for stage in ("train", "reduce") if reduced else ():
         stages.found(stage, len(reduced))
     with _scratch(graph, directory, groups, is_local, stages, lease) as (placed, room, scratch):
-        pool = Pool(engine, bench, scratch, is_local, stages.say)
+        pool = Pool(engine, (graph.config, stamps, placed), scratch, is_local, stages.say)
         failures = _do(graph, placed, groups, room, pool, watch, lease)
         lease.check()
         pool.close()
@@ -191,9 +191,9 @@ def _do(
             waiting.popleft()
             add(number)
 
-    def began(unit: Unit, place: Place, at: float) -> None:
+    def began(unit: Unit, seat: Seat, at: float) -> None:
         lease.check()
-        watch.began(unit, place, at)
+        watch.began(unit, seat, at)
 
     def ended(unit: Unit, end: Ended) -> None:
         lease.check()
@@ -270,11 +270,11 @@ def _written_bytes(graph: Graph, unit: Unit) -> int:
     """Of embeddings, by a unit that is done."""
     if unit.stage != "embed":
         return 0
-    _, members, shard = unit.arguments
+    members, shard = unit.arguments
     first, stop = shard_edges(graph.config, graph.points)[shard]
     probes = [probe for member in members for probe in graph.probes[member.architecture][1:]]
     if ("input", unit.group) in unit.makes:
-        probes += graph.probes[graph.members[0].architecture][:1]
+        probes.append(graph.input_probe)
     width = sum(stored_width(probe) for probe in probes)
     return 4 * int(stop - first) * width
 

@@ -11,11 +11,12 @@ import torch
 
 from leadline.cluster.common import CommonBank
 from leadline.cluster.schedule import Thing, Unit
-from leadline.cluster.units import (
+from leadline.cluster.work import (
     Member,
     bank_of_all,
     bank_parts,
     blocks,
+    common_bank_parts,
     is_tried,
     list_members,
     may_err,
@@ -91,15 +92,14 @@ class Graph:
             total["part"] += sum(self.parts(member, probe) for probe in probes) * self.blocks
             for stage in ("trial", "index", "keep", "audit"):
                 total[stage] += sum(self.has(stage, member, probe) for probe in probes)
-        if self.members[0] in members and self.common.pays:
+        if self.shares(members):
             total["share"] = self.blocks
+            total["part"] += self.common_parts * self.blocks
         return total
 
     def embedding_bytes(self, members: Sequence[Member]) -> int:
         """Of a group of members, with the input, which is kept once for all."""
-        probes = self.probes[members[0].architecture][:1] + [
-            probe for member in members for probe in self.probes[member.architecture][1:]
-        ]
+        probes = [self.input_probe, *(probe for m in members for probe in self.probes[m.architecture][1:])]
         return 4 * self.points * sum(stored_width(probe) for probe in probes)
 
     def placement(self, largest: int, is_local: bool) -> str:
@@ -124,14 +124,14 @@ class Graph:
             shared = (("shared",),) if member == self.members[0] else ()
             needs = (("voted", member.name), ("audited", member.name), *shared)
             done = ("reduced", member.name)
-            made.append(_unit(group, "reduce", directory, (member,), needs, (done,)))
-            made.append(_unit(group, "free", directory, (member,), (done,), ()))
+            made.append(_unit(group, "reduce", (member,), needs, (done,)))
+            made.append(_unit(group, "free", (member,), (done,), ()))
         return made
 
     def _train(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         for member in members:
             if not directory.record("train", member.name).exists():
-                unit = _unit(group, "train", directory, (member,), (), (("trained", member.name),))
+                unit = _unit(group, "train", (member,), (), (("trained", member.name),))
                 yield replace(unit, roams=True)
 
     def _embed(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
@@ -144,7 +144,7 @@ class Graph:
 
             def unit(of: tuple[Member, ...], made: tuple[Thing, ...], instead: tuple[Unit, ...], shard: int) -> Unit:
                 needs = tuple(("trained", member.name) for member in of)
-                return _unit(group, "embed", directory, (of, shard), needs, made, ("networks", group), instead)
+                return _unit(group, "embed", (of, shard), needs, made, ("networks", group), instead)
 
             if parts:
                 alone = tuple(unit(of, (thing,), (), shard) for of, thing in parts) if len(parts) > 1 else ()
@@ -152,16 +152,17 @@ class Graph:
 
     def _share(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         """Once for the run, with its first member; kept until every member is reduced."""
-        if not self.common.pays or self.members[0] not in members:
+        if not self.shares(members):
             return
-        there = directory.finished("share")
+        there, bank, together = directory.finished("share"), ("input", 0, self.common_parts), tuple(members)
         for block in range(self.blocks):
             if directory.shared_cost(block).name not in there:
                 open_in = [("vote", m.name, 1, block) for m in members] if self._until_decided else []
                 embedded = [("embedded", m.name) for m in members] if self._until_decided else []
-                needs = (("input", group), *embedded, *open_in)
-                made = (("shared",), ("share", block))
-                yield _unit(group, "share", directory, (tuple(members), block), needs, made, ("bank", "input"))
+                needs: tuple[Thing, ...] = (("input", group), *embedded, *open_in)
+                yield from _parts(group, together, bank, block, needs, directory, there)
+                needs, made = (*needs, ("parts", "input", 0, block)), (("shared",), ("share", block))
+                yield _unit(group, "share", (together, block), needs, made, ("bank", "input", 0))
 
     def _beside(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Trials, indexes, kept banks and audits, of the runs that have them."""
@@ -169,17 +170,17 @@ class Graph:
         for probe in self.probes[member.architecture]:
             p, bank = probe.index, ("bank", member.name, probe.index)
             if self.has("trial", member, probe) and not directory.trial(member.architecture, p).exists():
-                yield _unit(group, "trial", directory, (member, p), needs, (("tried", member.architecture),), bank)
+                yield _unit(group, "trial", (member, p), needs, (("tried", member.architecture),), bank)
             if self.has("index", member, probe) and not _is_indexed(directory, member, p):
                 tried = (("tried", member.architecture),)
                 made = (("index", member.name, p),)
-                yield _unit(group, "index", directory, (member, p), (*needs, *tried), made, bank)
+                yield _unit(group, "index", (member, p), (*needs, *tried), made, bank)
             if self.has("keep", member, probe) and not directory.bank(member.name, p).exists():
                 # Not a vote, but it reads the embeddings too, which go when all is voted.
-                yield _unit(group, "keep", directory, (member, p), needs, (("voted", member.name),))
+                yield _unit(group, "keep", (member, p), needs, (("voted", member.name),))
             if self.has("audit", member, probe) and not directory.audit_record(member.name, p).exists():
                 voted = (("voted", member.name),)
-                yield _unit(group, "audit", directory, (member, p), (*needs, *voted), (("audited", member.name),), bank)
+                yield _unit(group, "audit", (member, p), (*needs, *voted), (("audited", member.name),), bank)
 
     def _vote(self, group: int, member: Member, directory: RunDirectory) -> Iterator[Unit]:
         """Wide probes first, or the last one where a vote waits for that of the next probe."""
@@ -197,20 +198,34 @@ class Graph:
                 if self._until_decided:
                     needs.append(("vote", member.name, p + 1, block))
                     made.append(("vote", member.name, p, block))
-                parts = self.parts(member, probe)
-                for part in range(parts):
-                    if directory.part_cost(member.name, p, part, parts, block).name not in there:
-                        found, ready = (("parts", member.name, p, block),), ("bank", member.name, p, part)
-                        yield _unit(group, "part", directory, (member, p, part, block), tuple(needs), found, ready)
+                cut = (member.name, p, self.parts(member, probe))
+                yield from _parts(group, (member,), cut, block, tuple(needs), directory, there)
                 needs.append(("parts", member.name, p, block))
-                yield _unit(group, "vote", directory, (member, p, block), tuple(needs), tuple(made), bank)
+                yield _unit(group, "vote", (member, p, block), tuple(needs), tuple(made), bank)
+
+    def shares(self, members: Sequence[Member]) -> bool:
+        """Whether what all members share is found with this group of them: with the first one's."""
+        return self.common.pays and self.members[0] in members
 
     def parts(self, member: Member, probe: Probe) -> int:
-        """Parts of a bank that are searched apart; 0 where it is searched whole."""
+        """Parts of a member's bank that are searched apart; 0 where it is searched whole, or in the common one."""
         if probe.index == 0 and self.common.pays:
             return 0
         parts = len(bank_parts(self.config, self.bank_rows[member.name], probe))
         return parts if parts > 1 else 0
+
+    @property
+    def common_parts(self) -> int:
+        """The same of the common bank."""
+        if not self.common.pays:
+            return 0
+        parts = len(common_bank_parts(self.config, self.common, self.input_probe))
+        return parts if parts > 1 else 0
+
+    @property
+    def input_probe(self) -> Probe:
+        """The same for all members."""
+        return self.probes[self.members[0].architecture][0]
 
     @property
     def _until_decided(self) -> bool:
@@ -276,9 +291,21 @@ def _embedded(group: int, member: Member) -> tuple[Thing, ...]:
     return ("embedded", member.name), ("input", group)
 
 
+def _parts(
+    group: int, members: tuple[Member, ...], bank: tuple[str, int, int], block: int, needs: tuple[Thing, ...],
+    directory: RunDirectory, there: frozenset[str],
+) -> Iterator[Unit]:  # fmt: skip
+    """What is still to be searched for a block in the parts of a bank. bank: whose, at which probe, how many parts."""
+    owner, probe, parts = bank
+    for part in range(parts):
+        if directory.part_cost(owner, probe, part, parts, block).name not in there:
+            made, ready = (("parts", owner, probe, block),), ("bank", owner, probe, part)
+            yield _unit(group, "part", (members, probe, part, block), needs, made, ready)
+
+
 def _unit(
-    group: int, stage: str, directory: RunDirectory, arguments: tuple[Any, ...], needs: tuple[Thing, ...],
-    makes: tuple[Thing, ...], warm: Thing | None = None, instead: tuple[Unit, ...] = (),
+    group: int, stage: str, arguments: tuple[Any, ...], needs: tuple[Thing, ...], makes: tuple[Thing, ...],
+    warm: Thing | None = None, instead: tuple[Unit, ...] = (),
 ) -> Unit:  # fmt: skip
     """With a name such as "vote mlp-0 3 12"."""
     said: list[str] = []
@@ -286,7 +313,7 @@ def _unit(
         said += (
             [m.name for m in argument] if isinstance(argument, tuple) else [str(getattr(argument, "name", argument))]
         )
-    return Unit(stage, (directory, *arguments), " ".join([stage, *said]), needs, makes, group, warm, instead)
+    return Unit(stage, arguments, " ".join([stage, *said]), needs, makes, group, warm, instead)
 
 
 def _is_indexed(directory: RunDirectory, member: Member, probe: int) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from leadline.cluster.graph import SHARE_OF_DISK, STAGES, Graph
 from leadline.cluster.rates import BACKWARD, Network, Rates
-from leadline.cluster.units import OUTPUTS, PART, VOTES, Member, blocks, found_by_point, may_err, shard_edges
+from leadline.cluster.work import OUTPUTS, VOTES, Member, blocks, found_by_point, found_in_part, may_err, shard_edges
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
@@ -38,6 +38,7 @@ STEPS = (
 )
 SIMULATED = 4096  # units of a step whose order is played through; more of them end nearly together
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
+MERGED = 6  # times what a block finds in a part: to join it to what was found in others, with copies and their order
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
 TABLES = 4  # that the driver writes, run.json among them
 HANDED_OUT = 500  # units a second, by the driver, at least
@@ -165,7 +166,7 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         assumptions=[*rates.said, *reckoning.said()],
     )
     plan.refused = _refused(plan, in_memory, room)
-    plan.advice = [*_waiting(plan, len(groups), places), *reckoning.advice(), *_audited(plan)]
+    plan.advice = [*_waiting(plan, len(groups), places), *_audited(plan)]
     return plan
 
 
@@ -347,18 +348,6 @@ class _Reckoning:
             )
         return said
 
-    def advice(self) -> list[str]:
-        """What makes a search read its bank again and again."""
-        common, budget = self.graph.common, self.graph.config.engine.memory_budget
-        n_bank, width = len(common.ids), stored_width(self._input)
-        if not common.pays or fits_memory(n_bank, width, budget):
-            return []
-        return [
-            f"the inputs that all members share take {_bytes(8 * n_bank * width)} to be searched at once, and "
-            f"engine.memory_budget is {_bytes(budget)}: they are read in tiles, anew for each unit; raise it, or "
-            "reduce the input"
-        ]
-
     def combine(self) -> Stage:
         """The driver's last step: tables of members, of probes, and of the ensemble."""
         n = self.graph.points * len(self.graph.members)
@@ -417,25 +406,43 @@ class _Reckoning:
 
     def _share(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph, common = self.graph, self.graph.common
-        n_bank, width = len(common.ids), stored_width(self._input)
         stage.work = graph.points
-        self._search(stage, (self._first.architecture, 0), n_bank, width, graph.points, stage.units, 1, common.k)
+        stage.written = self._found(found_by_point(common.k))
+        if graph.common_parts:
+            self._merge(stage, graph.common_parts, common.k)
+            return
+        key, width = (self._first.architecture, 0), stored_width(self._input)
+        self._search(stage, key, len(common.ids), width, graph.points, stage.units, 1, common.k)
         stage.read += 4 * width * graph.points  # again, to put the neighbours in order
-        kind = found_by_point(common.k)
-        stage.written = sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
 
     def _part(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
-        graph = self.graph
+        graph, common, banks = self.graph, self.graph.common, self._side_by_side(members)
+        if graph.shares(members):
+            self._in_parts(stage, self._first, self._input, len(common.ids), graph.common_parts, banks, common.k)
         for member in members:
             for probe in graph.probes[member.architecture]:
                 parts = graph.parts(member, probe)
-                for _ in range(parts):
-                    stage.work += graph.points
-                    stage.written += self._found_in_part
-                    self._search(
-                        stage, (member.architecture, probe.index), self._bank(member) // parts, stored_width(probe),
-                        graph.points, graph.blocks, self._side_by_side(members), graph.config.k,
-                    )  # fmt: skip
+                self._in_parts(stage, member, probe, self._bank(member), parts, banks, graph.config.k)
+
+    def _in_parts(
+        self, stage: Stage, member: Member, probe: Probe, n_bank: int, parts: int, banks: int, k: int
+    ) -> None:  # fmt: skip
+        """Searches of all points in every part of a bank; banks: as of `_search`."""
+        graph, key, width = self.graph, (member.architecture, probe.index), stored_width(probe)
+        for _ in range(parts):
+            stage.work += graph.points
+            stage.written += self._found(found_in_part(k))
+            self._search(stage, key, n_bank // parts, width, graph.points, graph.blocks, banks, k)
+            stage.read += 4 * width * graph.points  # again, to put the neighbours in order
+
+    def _merge(self, stage: Stage, parts: int, k: int) -> None:
+        """What was found in the parts of a bank, read and joined."""
+        read = parts * self._found(found_in_part(k))
+        stage.read += read
+        stage.seconds += parts * self.graph.points * self.rates.pick
+        block = max(stop - first for first, stop in self._blocks)
+        memory = MERGED * block * found_in_part(k).itemsize
+        self._takes(stage, memory, memory, 0)
 
     def _vote(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph = self.graph
@@ -443,31 +450,31 @@ class _Reckoning:
             for probe in graph.probes[member.architecture]:
                 parts = graph.parts(member, probe)
                 stage.work += graph.points
-                stage.written += sum(npy_bytes(VOTES, stop - first) for first, stop in self._blocks)
+                stage.written += self._found(VOTES)
                 if may_err(graph.config, probe):
                     stage.written += self._sample * found_by_point(graph.config.k).itemsize
-                if parts or (probe.index == 0 and graph.common.pays):
-                    stage.seconds += graph.points * self.rates.pick * max(1, parts)
-                    kind = found_by_point(graph.common.k)
-                    stage.read += parts * self._found_in_part or graph.points * kind.itemsize
-                    continue
-                self._search(
-                    stage, (member.architecture, probe.index), self._bank(member), stored_width(probe), graph.points,
-                    graph.blocks, self._side_by_side(members), graph.config.k,
-                )  # fmt: skip
+                if parts:
+                    self._merge(stage, parts, graph.config.k)
+                elif probe.index == 0 and graph.common.pays:
+                    stage.read += self._found(found_by_point(graph.common.k))
+                    stage.seconds += graph.points * self.rates.pick
+                else:
+                    self._search(
+                        stage, (member.architecture, probe.index), self._bank(member), stored_width(probe),
+                        graph.points, graph.blocks, self._side_by_side(members), graph.config.k,
+                    )  # fmt: skip
 
-    @property
-    def _found_in_part(self) -> int:
-        """Bytes of what all points find in a part of a bank."""
-        kind = np.dtype([(name, of_one, (self.graph.config.k,)) for name, of_one in PART])
+    def _found(self, kind: np.dtype[Any]) -> int:
+        """Bytes of the files of what all points find, a row of this kind for each."""
         return sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
 
     def _side_by_side(self, members: Sequence[Member]) -> int:
         """Banks, and parts of banks, that a group of members is searched in."""
         graph = self.graph
-        return sum(
+        own = sum(
             max(1, graph.parts(member, probe)) for member in members for probe in graph.probes[member.architecture]
         )
+        return own + (graph.common_parts if graph.shares(members) else 0)
 
     def _search(
         self, stage: Stage, rates_of: tuple[str, int], n_bank: int, width: int, n: int, units: int, banks: int, k: int
@@ -608,7 +615,7 @@ class _Reckoning:
 
     @property
     def _input(self) -> Probe:
-        return self.graph.probes[self._first.architecture][0]
+        return self.graph.input_probe
 
     @property
     def _sample(self) -> int:

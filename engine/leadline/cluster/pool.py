@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from leadline.cluster.schedule import Schedule, Thing, Unit
-from leadline.cluster.units import Bench
+from leadline.cluster.units import UNITS
+from leadline.cluster.workbench import Workbench
 from leadline.config import Engine
 from leadline.errors import LeadlineError, StorageError, one_line
 from leadline.store import RunDirectory
@@ -41,7 +42,7 @@ class Done(NamedTuple):
     peak_memory: int
 
 
-class Place(NamedTuple):
+class Seat(NamedTuple):
     """Where an actor is: Ray's id of its node, the host's name, its process."""
 
     node: str
@@ -52,14 +53,14 @@ class Place(NamedTuple):
 class Ended(NamedTuple):
     """How a try of a unit ended.
 
-    state: "done"; "again", it is tried once more; "divided", its `instead` take its place; or "set_aside". place:
+    state: "done"; "again", it is tried once more; "divided", its `instead` take its place; or "set_aside". seat:
     whose it was, None for a unit that is set aside because it needs what another would have made. began, ended: from
     where it was given to the actor to where the answer came, seconds since 1970 by the driver's clock. tries: of this
     unit so far. done: None unless it is. died: the actor is lost.
     """
 
     state: str
-    place: Place | None
+    seat: Seat | None
     began: float
     ended: float
     tries: int
@@ -145,7 +146,7 @@ class Ready(NamedTuple):
     home: of the groups whose embeddings it can see; folder, free: of its scratch, and the bytes that are free there.
     """
 
-    place: Place
+    seat: Seat
     home: str
     folder: str
     free: int
@@ -161,9 +162,9 @@ class _Worker:
     began: float = 0.0
 
     def ended(self, state: str, tries: int, done: Done | None = None, trouble: "_Trouble | None" = None) -> Ended:
-        place = self.ready.place if self.ready else None
+        seat = self.ready.seat if self.ready else None
         error, died = (trouble.text, trouble.is_death) if trouble else (None, False)
-        return Ended(state, place, self.began, time.time(), tries, done, error, died)
+        return Ended(state, seat, self.began, time.time(), tries, done, error, died)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Failure:
 
 
 class Pool:
-    """Actors of one run, each a Bench with its share of CPUs and GPUs."""
+    """Actors of one run, each with a workbench and its share of CPUs and GPUs. bench: what makes a `Workbench`."""
 
     def __init__(
         self, engine: Engine, bench: tuple[Any, ...], scratch: Scratch, is_local: bool, say: Callable[[str], None]
@@ -194,7 +195,7 @@ class Pool:
             self._start()
 
     def run(
-        self, schedule: Schedule, began: Callable[[Unit, Place, float], None], ended: Callable[[Unit, Ended], None],
+        self, schedule: Schedule, began: Callable[[Unit, Seat, float], None], ended: Callable[[Unit, Ended], None],
         lost: Callable[[int], None],
     ) -> list[Failure]:  # fmt: skip
         """Do all units of a schedule, to which `ended` may add others. Returns those that were set aside.
@@ -299,14 +300,14 @@ class Pool:
         workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
         return {worker.ready.home for worker in workers if worker.ready}
 
-    def _feed(self, schedule: Schedule, began: Callable[[Unit, Place, float], None]) -> None:
+    def _feed(self, schedule: Schedule, began: Callable[[Unit, Seat, float], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
         self._give(schedule, began, crowd=False)
         if all(unit is None for _, unit in self._busy.values()):
             # Groups wait for what one makes that has no home any more: better a place too full than nothing done.
             self._give(schedule, began, crowd=True)
 
-    def _give(self, schedule: Schedule, began: Callable[[Unit, Place, float], None], crowd: bool) -> None:
+    def _give(self, schedule: Schedule, began: Callable[[Unit, Seat, float], None], crowd: bool) -> None:
         """crowd: also units of groups without a home to workers whose place is full."""
         for worker in list(self._idle):
             assert worker.ready is not None  # it has answered, or it would not be idle
@@ -320,7 +321,7 @@ class Pool:
                 schedule.settle(unit.group, home)
             self._idle.remove(worker)
             worker.warm, worker.began = unit.warm, time.time()
-            began(unit, worker.ready.place, worker.began)
+            began(unit, worker.ready.seat, worker.began)
             self._busy[worker.actor.do.remote(unit.stage, unit.arguments)] = (worker, unit)
 
     def _is_full(self, schedule: Schedule, ready: Ready) -> bool:
@@ -360,29 +361,28 @@ class _Trouble:
     is_death: bool = False
 
 
-class _Actor(Bench):
+class _Actor:
     def __init__(self, search_path: list[str], bench: tuple[Any, ...], scratch: Scratch) -> None:
         sys.path.extend(path for path in search_path if path not in sys.path)
-        super().__init__(*bench)
         self._placement = scratch.placement
         self._folder = None if scratch.placement == "shared" else scratch.open()
+        config, stamps, directory = bench
+        if self._folder is not None:
+            directory = RunDirectory(directory.root, self._folder)
+        self._bench = Workbench(config, stamps, directory)
 
     def ready(self) -> Ready:
         """Answers when the actor can do units."""
         context = ray.get_runtime_context()
-        place = Place(context.get_node_id(), socket.gethostname(), os.getpid())
-        home = context.get_actor_id() if self._placement == "resident" else place.node
+        seat = Seat(context.get_node_id(), socket.gethostname(), os.getpid())
+        home = context.get_actor_id() if self._placement == "resident" else seat.node
         if self._folder is None:
-            return Ready(place, str(home), "", 0)
-        return Ready(place, str(home), str(self._folder), _free(self._folder.parent))
+            return Ready(seat, str(home), "", 0)
+        return Ready(seat, str(home), str(self._folder), _free(self._folder.parent))
 
     def do(self, stage: str, arguments: tuple[Any, ...]) -> Done:
-        """Do a unit: a method of Bench, which returns its work."""
         started = time.perf_counter()
-        directory, *rest = arguments
-        if self._folder is not None:
-            directory = RunDirectory(directory.root, self._folder)
-        work = getattr(self, stage)(directory, *rest)
+        work = UNITS[stage](self._bench, *arguments)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return Done(work, seconds, peak if sys.platform == "darwin" else peak << 10)  # bytes there, KiB elsewhere

@@ -17,10 +17,10 @@ Thing = tuple[Any, ...]
 class Unit:
     """The smallest piece of work that is done whole or not at all.
 
-    stage: the method of `Bench` that does it; arguments: that it is given. name: for people. group: where it belongs;
-    units of lower groups are done first. warm: what a worker that has done such a unit has ready for the next one.
-    instead: units that together make what this one makes, for when it fails: each may fail alone. roams: any worker may
-    do it, wherever its group is at home.
+    stage: the kind of its work; arguments: what it is done for. name: for people. group: where it belongs; units of
+    lower groups are done first. warm: what a worker that has done such a unit has ready for the next one. instead:
+    units that together make what this one makes, for when it fails: each may fail alone. roams: any worker may do it,
+    wherever its group is at home.
     """
 
     stage: str

@@ -8,7 +8,7 @@ from typing import Any
 
 from leadline.cluster.graph import STAGES
 from leadline.cluster.metrics import Metrics
-from leadline.cluster.pool import Ended, Place
+from leadline.cluster.pool import Ended, Seat
 from leadline.cluster.progress import Stages
 from leadline.cluster.schedule import Unit
 from leadline.store import RunDirectory
@@ -25,17 +25,17 @@ class Watch:
         self._metrics = Metrics(run)
         self._lock = threading.Lock()  # the log asks from a thread
         self._ended: list[dict[str, Any]] = []
-        self._workers: dict[Place, dict[str, Any]] = {}
-        self._running: dict[Place, Unit] = {}
+        self._workers: dict[Seat, dict[str, Any]] = {}
+        self._running: dict[Seat, Unit] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=KEPT)
 
-    def began(self, unit: Unit, place: Place, at: float) -> None:
+    def began(self, unit: Unit, seat: Seat, at: float) -> None:
         """A unit was given to an actor; at: seconds since 1970."""
         self.stages.begin(unit.stage)
         with self._lock:
-            worker = self._workers.setdefault(place, {**place._asdict(), "units": 0, "peak_memory": 0, "died": False})
+            worker = self._workers.setdefault(seat, {**seat._asdict(), "units": 0, "peak_memory": 0, "died": False})
             worker |= {"unit": unit.name, "since": at}
-            self._running[place] = unit
+            self._running[seat] = unit
 
     def ended(self, unit: Unit, end: Ended, bytes_written: int = 0) -> None:
         """A try of a unit ended; bytes_written: of embeddings."""
@@ -54,7 +54,7 @@ class Watch:
             "stage": unit.stage,
             "group": unit.group,
             "state": end.state,
-            **(end.place._asdict() if end.place else dict.fromkeys(Place._fields)),
+            **(end.seat._asdict() if end.seat else dict.fromkeys(Seat._fields)),
             "began": end.began,
             "ended": end.ended,
             "seconds": end.done and end.done.seconds,
@@ -67,11 +67,11 @@ class Watch:
         }
         with self._lock:
             self._ended.append(record)
-            if end.state != "done" and end.place:
+            if end.state != "done" and end.seat:
                 self._failures.append({key: record[key] for key in ("unit", "state", "ended", "tries", "error")})
-            if end.place:
-                del self._running[end.place]
-                worker = self._workers[end.place]
+            if end.seat:
+                del self._running[end.seat]
+                worker = self._workers[end.seat]
                 worker |= {"unit": None, "since": end.ended, "died": end.died}
                 if end.done is not None:
                     worker["units"] += 1

@@ -24,12 +24,14 @@ def by_distance(bank: Rows, queries: Rows, rows: Array) -> tuple[Array, Array]:
     return ordered, squares
 
 
-def merged(rows: Array, squares: Array, k: int) -> Array:
-    """The k nearest of neighbours that were found in the parts of a bank, int64 [Q, k], by (distance, row).
+def merged(rows: Array, squares: Array, k: int) -> tuple[Array, Array]:
+    """The k nearest of neighbours that were found in parts of a bank, by (distance, row), and their squared distances.
 
-    rows int64 and squares float64 [Q, n]: their rows in the whole bank and squared distances, in any order.
+    rows int64 and squares float64 [Q, n]: their rows in the whole bank and squared distances, in any order. Returns the
+    same [Q, k].
     """
-    return np.take_along_axis(rows, np.lexsort((rows, squares))[:, :k], axis=1)
+    order = np.lexsort((rows, squares))[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(squares, order, axis=1)
 
 
 def rank_doubtful(

@@ -9,6 +9,7 @@ directions/M.safetensors       of the probes that are reduced by pca, where ther
 units/train/M.json             records of finished units; a unit without its record is done again
 units/vote/M/PPP-BBBBB.npy     computed votes of one probe and query block, until the member is reduced
 units/share/BBBBB.npy          neighbours at the input that all members share, until all are reduced
+                               (of a bank that is cut, beside either: *.IofN.npy, neighbours in its part I of N)
 units/trial/A/PPP.json         what a trial of methods measured in an architecture, until all are reduced
 units/index/M/PPP.json         method of a probe, and fingerprint of its index, until the member is reduced
 units/audit/M/PPP.npy          exact votes of the audited points, until the member is reduced
@@ -90,13 +91,17 @@ class RunDirectory:
         """Record of a finished unit of voting: written after its votes."""
         return self.votes_part(member, probe, block).with_suffix(".json")
 
-    def part(self, member: str, probe: int, part: int, parts: int, block: int) -> Place:
-        """Neighbours of a query block in one part of a bank that is cut into so many."""
-        return self.votes_part(member, probe, block).with_suffix(f".{part}of{parts}.npy")
+    def part(self, owner: str, probe: int, part: int, parts: int, block: int) -> Place:
+        """Neighbours of a query block in one part of a bank that is cut into so many.
 
-    def part_cost(self, member: str, probe: int, part: int, parts: int, block: int) -> Place:
+        owner: the member, or "input" for the bank that all share.
+        """
+        whole = self.shared(block) if owner == "input" else self.votes_part(owner, probe, block)
+        return whole.with_suffix(f".{part}of{parts}.npy")
+
+    def part_cost(self, owner: str, probe: int, part: int, parts: int, block: int) -> Place:
         """Record of a finished unit of searching a part: written after its neighbours."""
-        return self.part(member, probe, part, parts, block).with_suffix(".json")
+        return self.part(owner, probe, part, parts, block).with_suffix(".json")
 
     def sampled(self, member: str, probe: int, block: int) -> Place:
         """Neighbours of the audited points among a unit's, as the run found them."""

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
 from leadline.store.places import ObjectPath, Place
 
 PART = ".part"  # end of the name of a file that is being written
@@ -154,6 +158,16 @@ def read_json(place: Place) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LeadlineError(f"{place}: damaged (not a JSON object); delete it and run the same command again")
     return value
+
+
+def write_array(place: Place, array: Array) -> None:
+    with replacing(place) as beside, beside.open("wb") as opened:
+        np.save(opened, array, allow_pickle=False)
+
+
+def read_array(place: Place) -> Array:
+    """Into memory, wherever the file lies."""
+    return np.asarray(np.load(io.BytesIO(place.read_bytes()), allow_pickle=False))
 
 
 def check(place: Place, sha256: str) -> None:

@@ -1,0 +1,119 @@
+"""Members trained, or their weights taken as they are given, and points embedded by them."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from leadline.cluster.work import OUTPUTS, Member
+from leadline.cluster.workbench import Workbench
+from leadline.embedding import embed_batch, embed_input, fit_directions
+from leadline.embedding.principal import save_directions
+from leadline.embedding.reductions import choose_reductions, stored_width
+from leadline.knn.arrays import Array
+from leadline.members.probes import Probe, place_probes
+from leadline.members.train import resolve_precision
+from leadline.members.train import train as train_network
+from leadline.members.weights import load_weights, save_weights, weights_fingerprint
+from leadline.store.files import digest, replacing, write_array, write_json
+from leadline.store.schemas import OUTPUT_FIELDS
+
+
+def train(bench: Workbench, member: Member) -> int:
+    """Train a member, or load its given weights; store them with its probes and what their reductions need.
+
+    Returns the steps.
+    """
+    started = time.perf_counter()
+    directory, recipe = bench.directory, member.config.training
+    model, ids = bench.build(member), bench.training_ids(member)
+    if member.weights_source:
+        load_weights(model, member.weights_source)
+    if recipe:
+        train_network(model, bench.points, ids, recipe, member.seed, bench.device)
+    model.float().to(bench.device)
+    example = bench.inputs(np.zeros(1, np.int64))
+    probes = choose_reductions(bench.config.reduction, place_probes(model, member.config.placement, example))
+    with replacing(directory.weights(member.name)) as beside:
+        save_weights(model, beside)
+    directions = _fit_directions(bench, member, model, probes)
+    write_json(
+        directory.record("train", member.name),
+        {
+            "weights_fingerprint": weights_fingerprint(model),
+            "n_train": len(ids),
+            "steps": recipe.steps if recipe else None,
+            "precision": resolve_precision(recipe.precision, bench.device) if recipe else None,
+            "probes": [asdict(probe) for probe in probes],
+            "directions": directions,
+            "seconds": time.perf_counter() - started,
+        },
+    )
+    return recipe.steps if recipe else 0
+
+
+def _fit_directions(bench: Workbench, member: Member, model: torch.nn.Module, probes: Sequence[Probe]) -> str | None:
+    """Store the directions of a member's probes that are reduced by pca. Returns the file's digest, None for none.
+
+    All shards are reduced by what lies in the file, so a fit on another machine cannot be mixed in.
+    """
+    found = fit_directions(
+        model, probes, bench.inputs, bench.training_ids(member), seed=member.seed,
+        batch_size=bench.config.engine.batch_size, memory=bench.config.engine.memory_budget, member=member.name,
+    )  # fmt: skip
+    if not found:
+        return None
+    path = bench.directory.directions(member.name)
+    with replacing(path) as beside:
+        save_directions(found, beside)
+    return digest(path)
+
+
+def embed(bench: Workbench, members: Sequence[Member], shard: int) -> int:
+    """Read a shard of points once and run every member on it. Returns the number of embedded points.
+
+    The input, the same for all members of the run, is kept with the first of them that comes by.
+    """
+    directory, batch_size = bench.directory, bench.config.engine.batch_size
+    networks = [bench.network(member) for member in members]
+    first, stop = bench.shards[shard]
+    outputs = [np.empty(stop - first, OUTPUTS) for _ in members]
+    kept = directory.embedding("input", 0, shard)
+    with ExitStack() as open_files:
+        of_input = stored_width(bench.input_probe)
+        rows_in = None if kept.exists() else _array(open_files, kept, stop - first, of_input)
+        files = [
+            [
+                _array(open_files, directory.embedding(member.name, p.index, shard), stop - first, stored_width(p))
+                for p in probes[1:]
+            ]
+            for member, (_, probes, _) in zip(members, networks, strict=True)
+        ]
+        for start in range(first, stop, batch_size):
+            ids = np.arange(start, min(start + batch_size, stop))
+            inputs = bench.inputs(ids)
+            rows = slice(start - first, start - first + len(ids))
+            for member, network, arrays, out in zip(members, networks, files, outputs, strict=True):
+                model, probes, reducers = network
+                batch = embed_batch(model, probes, inputs, start, member.name, reducers)
+                for array, values in zip(arrays, batch.embeddings[1:], strict=True):
+                    array[rows] = values
+                for field in OUTPUT_FIELDS:
+                    out[field][rows] = getattr(batch.outputs, field)
+            if rows_in is not None:
+                rows_in[rows] = embed_input(bench.input_probe, inputs, start)
+    for member, out in zip(members, outputs, strict=True):
+        write_array(directory.outputs(member.name, shard), out)
+    return (stop - first) * len(members)
+
+
+def _array(open_files: ExitStack, path: Path, n_rows: int, width: int) -> Array:
+    """A new .npy file, mapped for writing; it takes its name when all files of the unit are whole."""
+    beside = open_files.enter_context(replacing(path))
+    array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, width))
+    open_files.callback(array.flush)
+    return array
