@@ -179,6 +179,9 @@ class MemberConfig(Section):
         return list(self.probes) if isinstance(self.probes, tuple) else self.probes
 
 
+LIBRARIES = 512 << 20  # bytes that an actor takes before it searches: Python, torch, Ray, a network
+
+
 class Engine(Section):
     """How the work is cut and who does it. `workers` changes nothing but the time, so it may change between resumes."""
 
@@ -192,7 +195,9 @@ class Engine(Section):
     group_size: int = Field(default=4, ge=1, description="members that are embedded and kept on disk together")
     query_block: int = Field(default=8192, ge=1, description="queries of one voting unit")
     memory_budget: int = Field(
-        default=4 << 30, ge=1, description="bytes that an actor's search may take; larger banks are searched in parts"
+        default=4 << 30,
+        ge=1,
+        description="bytes of memory for an actor; banks that are too large for it are searched in parts",
     )
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"
@@ -206,6 +211,11 @@ class Engine(Section):
     keep_indexes: bool = Field(
         default=False, description="keep banks and indexes in the run, for the depths of new points"
     )
+
+    @property
+    def search_memory(self) -> int:
+        """Bytes of the budget that searching may take: what Python and its libraries leave, or half of a small one."""
+        return max(self.memory_budget - LIBRARIES, self.memory_budget // 2)
 
     def workers_in(self, cpus: float, gpus: float) -> int:
         """How many actors there is room for."""

@@ -18,7 +18,7 @@ from leadline.members.probes import Probe
 from leadline.members.weights import load_weights, weights_fingerprint
 from leadline.points import Points
 from leadline.store import RunDirectory
-from leadline.store.files import fetched, read_json, replacing
+from leadline.store.files import fetched, read_json, writing_rows
 from leadline.store.tables import read_table
 
 
@@ -69,14 +69,11 @@ class StoredMember:
         network = self._network(points.input_shape)
         # The input and the softmax belong to every forward pass.
         read = [other.index for other in self.probes if other.index == probe or other.place is None]
-        with replacing(path) as beside:
-            shape = (len(points), stored_width(self.probes[probe]))
-            rows = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=shape)
-            size = self.config.engine.batch_size
+        size = self.config.engine.batch_size
+        with writing_rows(path, len(points), stored_width(self.probes[probe])) as write:
             for first in range(0, len(points), size):
-                ids = np.arange(first, min(first + size, len(points)))
-                rows[ids] = self._embed(network, read, points.read(ids), first).embeddings[read.index(probe)]
-            rows.flush()
+                inputs = points.read(np.arange(first, min(first + size, len(points))))
+                write(self._embed(network, read, inputs, first).embeddings[read.index(probe)])
 
     def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
         """One batch at some of the probes; `first` is the number of its first point."""

@@ -13,28 +13,35 @@ from leadline.knn.exact import fits_memory
 from leadline.members.probes import Probe
 
 
-def of(k, memory_budget, method="exact"):
+def of(k, memory, method="exact"):
     audit = {"depth_agreement": 0.9} if method == "auto" else {}
-    return load_config({**TINY, "k": k, "method": method, "audit": audit, "engine": {"memory_budget": memory_budget}})
+    return load_config({**TINY, "k": k, "method": method, "audit": audit, "engine": {"memory_budget": 2 * memory}})
 
 
 @given(st.integers(1, 3000), st.integers(1, 400), st.integers(1, 60), st.integers(1, 1 << 20))
-def test_parts_are_the_bank_and_as_few_as_fit_the_memory(n_bank, width, k, memory_budget):
+def test_parts_are_the_bank_and_as_few_as_fit_the_memory(n_bank, width, k, memory):
     probe = Probe(0, "input", width, None, (width,))
-    parts = bank_parts(of(k, memory_budget), n_bank, probe)
+    parts = bank_parts(of(k, memory), n_bank, probe)
     assert [row for part in parts for row in range(*part)] == list(range(n_bank))
     largest = max(stop - first for first, stop in parts)
     if len(parts) > 1:
         assert min(stop - first for first, stop in parts) > k
-        assert not fits_memory(-(-n_bank // (len(parts) - 1)), width, memory_budget)
+        assert not fits_memory(-(-n_bank // (len(parts) - 1)), width, memory)
     # Or one more would leave too few rows in each.
-    assert fits_memory(largest, width, memory_budget) or n_bank // (len(parts) + 1) <= k
+    assert fits_memory(largest, width, memory) or n_bank // (len(parts) + 1) <= k
     common = CommonBank(np.arange(n_bank), k, True)
-    assert common_bank_parts(of(10, memory_budget), common, probe) == parts
+    assert common_bank_parts(of(10, memory), common, probe) == parts
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"), [(4 << 30, 7 << 29), ((1 << 30) + 2, (1 << 29) + 2), (1 << 30, 1 << 29), (3 << 20, 3 << 19)]
+)
+def test_searching_has_what_the_libraries_leave_of_the_budget_or_half_of_it(budget, left):
+    assert load_config({**TINY, "engine": {"memory_budget": budget}}).engine.search_memory == left
 
 
 @pytest.mark.parametrize("method", ["flat", "auto"])
 def test_indexes_are_not_cut_but_what_members_share_is(method):
     config, probe = of(10, 1000, method), Probe(0, "input", 8, None, (8,))
     assert bank_parts(config, 500, probe) == [(0, 500)]
-    assert len(common_bank_parts(config, CommonBank(np.arange(500), 10, True), probe)) == 32
+    assert len(common_bank_parts(config, CommonBank(np.arange(500), 10, True), probe)) == 34

@@ -14,7 +14,7 @@ import pytest
 
 from leadline import LeadlineError
 from leadline.store import RunDirectory
-from leadline.store.files import digest, read_json, replacing, sweep, write_json
+from leadline.store.files import digest, read_json, replacing, sweep, write_json, writing_rows
 from leadline.store.tables import read_table, write_table
 from leadline.store.verify import verify
 
@@ -202,3 +202,15 @@ def test_a_damaged_manifest_is_named(copy):
     copy.manifest_path.write_text(json.dumps([1]))
     with pytest.raises(LeadlineError, match=r"run\.json: damaged"):
         verify(copy)
+
+
+def test_rows_are_written_one_after_another_as_numpy_writes_them_whole(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    with writing_rows(tmp_path / "rows.npy", 7, 3) as write:
+        for first, stop in ((0, 2), (2, 2), (2, 7)):
+            write(rows.T.copy().T[first:stop])  # not contiguous
+    np.save(tmp_path / "whole.npy", rows)
+    assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    with pytest.raises(ValueError, match="not 7 rows of 3"), writing_rows(tmp_path / "few.npy", 7, 3) as write:
+        write(rows[:6])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.npy", "whole.npy"]

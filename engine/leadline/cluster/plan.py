@@ -398,11 +398,9 @@ class _Reckoning:
         stage.seconds += stage.written * self.rates.move
         widths = [[probe.width for probe in graph.probes[member.architecture]] for member in members]
         batch = 4 * engine.batch_size * max(sum(of_one) + 3 * max(of_one) for of_one in widths)
-        # Files are mapped, and count as the worker's memory until their shard is whole.
-        shard = 4 * max(sizes) * sum(stored_width(probe) for probe in probes)
         weights = sum(self.networks[member.architecture].weights for member in members)
         held = weights + batch + self._signs(probes)
-        self._takes(stage, shard + held, shard + 4 * engine.batch_size * sum(map(stored_width, probes)), held)
+        self._takes(stage, held, 4 * engine.batch_size * sum(map(stored_width, probes)), held)
 
     def _share(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph, common = self.graph, self.graph.common
@@ -491,12 +489,12 @@ class _Reckoning:
 
     def _looks(self, n_bank: int, width: int, at_once: int) -> int:
         """How often a search of so many queries goes over its bank, beside the first look: 0 where it fits memory."""
-        budget = self.graph.config.engine.memory_budget
+        budget = self.graph.config.engine.search_memory
         return 0 if fits_memory(n_bank, width, budget) else -(-at_once // cut(n_bank, width, budget)[1])
 
     def _holds(self, stage: Stage, of_a_row: float, n_bank: int, width: int, at_once: int, k: int) -> None:
         """A bank, or tiles of it, and so many queries as are read together."""
-        budget = self.graph.config.engine.memory_budget
+        budget = self.graph.config.engine.search_memory
         at_once = min(at_once, cut(n_bank, width, budget)[1])
         memory = int(of_a_row * n_bank) if fits_memory(n_bank, width, budget) else budget
         queries = at_once * (4 * width + 8 * k + 16 * (k + SPARE))
@@ -559,7 +557,7 @@ class _Reckoning:
             again, of_network = n_bank * times + self._sample, 0
         else:
             # A tile's first and last batch are made for the tile before and the one after it as well.
-            tiles = -(-n_bank // cut(n_bank, probe.width, engine.memory_budget)[0]) if times > 1 else 1
+            tiles = -(-n_bank // cut(n_bank, probe.width, engine.search_memory)[0]) if times > 1 else 1
             of_batches = min(graph.points + (tiles - 1) * engine.batch_size, tiles * graph.points)
             again = times * of_batches + min(self._sample * engine.batch_size, graph.points)
             of_network = again

@@ -30,7 +30,7 @@ from leadline.members.splits import path_of_seed
 from leadline.members.train import train
 from leadline.members.weights import load_weights
 from leadline.points import TRAIN, open_points
-from leadline.store.files import read_json, write_json
+from leadline.store.files import read_json, write_json, writing_rows
 from leadline.store.schemas import VOTE_FIELDS, vote_columns, votes_schema
 from leadline.store.tables import ROWS, write_table
 
@@ -424,7 +424,7 @@ def _search_once(rows: Array, graph: Graph, shared: bool, device: torch.device) 
     k = min(graph.common.k if shared else graph.config.k, len(rows) - 1)
     labels = np.arange(len(rows)) % 10
     started = time.perf_counter()
-    bank = Bank(rows, device, graph.config.engine.memory_budget)
+    bank = Bank(rows, device, graph.config.engine.search_memory)
     ready = time.perf_counter() - started
     started = time.perf_counter()
     found, _ = bank.search(rows[:n], k, np.arange(n))
@@ -435,11 +435,10 @@ def _search_once(rows: Array, graph: Graph, shared: bool, device: torch.device) 
 
 
 def _seconds_of_a_byte(folder: Path) -> float:
-    values = np.zeros(WRITTEN // 4, np.float32)
+    values = np.zeros((WRITTEN >> 10, 256), np.float32)
     started = time.perf_counter()
-    mapped = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.float32, shape=values.shape)
-    mapped[:] = values
-    mapped.flush()
+    with writing_rows(folder / "rows.npy", *values.shape) as write:
+        write(values)
     return (time.perf_counter() - started) / values.nbytes
 
 

@@ -90,12 +90,12 @@ def bank_parts(config: RunConfig, n_bank: int, probe: Probe) -> list[tuple[int, 
     """(first, stop) of the parts of a member's bank; one where a worker's search holds the whole. No index is cut."""
     if config.method_of(probe.name) != "exact":
         return [(0, n_bank)]
-    return _cut(n_bank, stored_width(probe), config.k, config.engine.memory_budget)
+    return _cut(n_bank, stored_width(probe), config.k, config.engine.search_memory)
 
 
 def common_bank_parts(config: RunConfig, common: CommonBank, probe: Probe) -> list[tuple[int, int]]:
     """The same of the common bank; probe: the input."""
-    return _cut(len(common.ids), stored_width(probe), common.k, config.engine.memory_budget)
+    return _cut(len(common.ids), stored_width(probe), common.k, config.engine.search_memory)
 
 
 def _cut(n_bank: int, width: int, k: int, memory_budget: int) -> list[tuple[int, int]]:

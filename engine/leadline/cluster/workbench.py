@@ -150,12 +150,12 @@ class Workbench:
 
     def bank(self, rows: Rows) -> Bank:
         """Rows made ready for exact search."""
-        return Bank(rows, self.device, self.config.engine.memory_budget)
+        return Bank(rows, self.device, self.config.engine.search_memory)
 
     def build_index(self, method: str, rows: Shards) -> Index:
         """An index of rows, by its method's name."""
         engine = self.config.engine
-        return build_index(parse_method(method), rows, threads=engine.threads, memory_budget=engine.memory_budget)
+        return build_index(parse_method(method), rows, threads=engine.threads, memory_budget=engine.search_memory)
 
     def _index(self, owner: str, probe: int, rows: Shards) -> Index | None:
         """The index that was saved for a bank, None where the method is exact."""
@@ -164,7 +164,7 @@ class Workbench:
             return None
         index, about = self.directory.index(owner, probe), self.directory.about_index(owner, probe)
         with fetched(index, about, sha256=record["sha256"]) as path:
-            return load_index(path, rows, threads=engine.threads, memory_budget=engine.memory_budget)
+            return load_index(path, rows, threads=engine.threads, memory_budget=engine.search_memory)
 
 
 def places(ids: Array, wanted: Array) -> Array:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,21 @@ def read_json(place: Place) -> dict[str, Any]:
 def write_array(place: Place, array: Array) -> None:
     with replacing(place) as beside, beside.open("wb") as opened:
         np.save(opened, array, allow_pickle=False)
+
+
+@contextmanager
+def writing_rows(place: Place, n: int, width: int) -> Iterator[Callable[[Array], None]]:
+    """Write a .npy of float32 [n, width], some rows after others, with what is yielded; none of them stays in memory.
+
+    Raises ValueError where the rows that came are not n.
+    """
+    with replacing(place) as beside, beside.open("wb") as opened:
+        about = {"descr": "<f4", "fortran_order": False, "shape": (n, width)}
+        np.lib.format.write_array_header_1_0(opened, about)
+        begin = opened.tell()
+        yield lambda rows: rows.astype("<f4", order="C", copy=False).tofile(opened)
+        if opened.tell() - begin != 4 * n * width:
+            raise ValueError(f"{place}: {opened.tell() - begin} bytes came, not {n} rows of {width} values")
 
 
 def read_array(place: Place) -> Array:

@@ -1,10 +1,9 @@
 """Members trained, or their weights taken as they are given, and points embedded by them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from leadline.members.probes import Probe, place_probes
 from leadline.members.train import resolve_precision
 from leadline.members.train import train as train_network
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
-from leadline.store.files import digest, replacing, write_array, write_json
+from leadline.store.files import digest, replacing, write_array, write_json, writing_rows
 from leadline.store.schemas import OUTPUT_FIELDS
 
 
@@ -63,7 +62,7 @@ def _fit_directions(bench: Workbench, member: Member, model: torch.nn.Module, pr
     """
     found = fit_directions(
         model, probes, bench.inputs, bench.training_ids(member), seed=member.seed,
-        batch_size=bench.config.engine.batch_size, memory=bench.config.engine.memory_budget, member=member.name,
+        batch_size=bench.config.engine.batch_size, memory=bench.config.engine.search_memory, member=member.name,
     )  # fmt: skip
     if not found:
         return None
@@ -83,37 +82,31 @@ def embed(bench: Workbench, members: Sequence[Member], shard: int) -> int:
     first, stop = bench.shards[shard]
     outputs = [np.empty(stop - first, OUTPUTS) for _ in members]
     kept = directory.embedding("input", 0, shard)
-    with ExitStack() as open_files:
-        of_input = stored_width(bench.input_probe)
-        rows_in = None if kept.exists() else _array(open_files, kept, stop - first, of_input)
-        files = [
-            [
-                _array(open_files, directory.embedding(member.name, p.index, shard), stop - first, stored_width(p))
-                for p in probes[1:]
-            ]
+    with ExitStack() as files:
+
+        def rows_of(owner: str, probe: Probe) -> Callable[[Array], None]:
+            """They take their names when all files of the unit are whole."""
+            place = directory.embedding(owner, probe.index, shard)
+            return files.enter_context(writing_rows(place, stop - first, stored_width(probe)))
+
+        write_input = None if kept.exists() else rows_of("input", bench.input_probe)
+        writes = [
+            [rows_of(member.name, probe) for probe in probes[1:]]
             for member, (_, probes, _) in zip(members, networks, strict=True)
         ]
         for start in range(first, stop, batch_size):
             ids = np.arange(start, min(start + batch_size, stop))
             inputs = bench.inputs(ids)
             rows = slice(start - first, start - first + len(ids))
-            for member, network, arrays, out in zip(members, networks, files, outputs, strict=True):
+            for member, network, write_each, out in zip(members, networks, writes, outputs, strict=True):
                 model, probes, reducers = network
                 batch = embed_batch(model, probes, inputs, start, member.name, reducers)
-                for array, values in zip(arrays, batch.embeddings[1:], strict=True):
-                    array[rows] = values
+                for write, values in zip(write_each, batch.embeddings[1:], strict=True):
+                    write(values)
                 for field in OUTPUT_FIELDS:
                     out[field][rows] = getattr(batch.outputs, field)
-            if rows_in is not None:
-                rows_in[rows] = embed_input(bench.input_probe, inputs, start)
+            if write_input is not None:
+                write_input(embed_input(bench.input_probe, inputs, start))
     for member, out in zip(members, outputs, strict=True):
         write_array(directory.outputs(member.name, shard), out)
     return (stop - first) * len(members)
-
-
-def _array(open_files: ExitStack, path: Path, n_rows: int, width: int) -> Array:
-    """A new .npy file, mapped for writing; it takes its name when all files of the unit are whole."""
-    beside = open_files.enter_context(replacing(path))
-    array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(n_rows, width))
-    open_files.callback(array.flush)
-    return array

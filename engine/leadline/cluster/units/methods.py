@@ -12,7 +12,7 @@ from leadline.knn import count_votes
 from leadline.knn.arrays import Array
 from leadline.knn.audit import interval, recall_at_k
 from leadline.knn.choice import Choice, Option, Trial, candidates, choose
-from leadline.store.files import digest, filling, read_array, read_json, replacing, write_array, write_json
+from leadline.store.files import digest, filling, read_array, read_json, write_array, write_json, writing_rows
 
 SHARED = "exact: the members of the run share the search of the input"
 
@@ -53,8 +53,8 @@ def trial(bench: Workbench, member: Member, probe: int) -> int:
         ready, seconds, votes = measured(option)
         changed = np.flatnonzero(votes != exact).tolist()
         options.append({"method": option, "seconds": ready + seconds, "changed": changed})
-        if ready > exact_seconds:
-            break  # the others take as long to build
+        if ready + seconds > exact_seconds:
+            break  # the others look at more
     reduced = np.flatnonzero(stored != exact).tolist()
     record = {"exact_seconds": exact_seconds, "reduced": reduced, "options": options}
     write_json(bench.directory.trial(member.architecture, probe), record)
@@ -114,11 +114,9 @@ def keep(bench: Workbench, member: Member, probe: int) -> int:
     """Keep the rows of a member's bank in the run; at the input those of all points. Returns their number."""
     ids = np.arange(len(bench.points)) if probe == 0 else bench.training_ids(member)
     rows = bench.rows(member.name, probe, ids)
-    with replacing(bench.directory.bank(member.name, probe)) as beside:
-        kept = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=rows.shape)
+    with writing_rows(bench.directory.bank(member.name, probe), *rows.shape) as write:
         for first, stop in blocks(len(ids), bench.config.engine.query_block):
-            kept[first:stop] = rows[first:stop]
-        kept.flush()
+            write(rows[first:stop])
     return len(ids)
 
 
