@@ -63,12 +63,13 @@ def empty(
                 add()
 
         stages = Stages(Console(stderr=True))
-        pool = Pool(config.engine, (config, {}, directory), Scratch("shared", None, "", "", 0), is_local, stages.say)
+        scratch = Scratch("shared", None, "", "", 0)
         add()
         add()
-        started = time.perf_counter()
-        failures = pool.run(schedule, lambda *_: None, ended, lambda _: None)
-        seconds = time.perf_counter() - started
+        with Pool(config.engine, (config, {}, directory), scratch, is_local, stages.say) as pool:
+            started = time.perf_counter()
+            failures = pool.run(schedule, lambda *_: None, ended, lambda _: None)
+            seconds = time.perf_counter() - started
     assert not failures and n_done == units
     print(f"{units:,} units in {seconds:.1f} s: {units / seconds:,.0f} units/s by {workers} workers")
     print("driver, MiB:", {count: round(size / 2**20, 1) for count, size in memory.items()})

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -186,6 +187,22 @@ def test_a_worker_that_dies_is_replaced(tiny_run, tmp_path):
         _, errors = driver.communicate(timeout=120)
         assert driver.returncode == 0, errors
     assert tables_of(run) == tables_of(tiny_run.directory.root)
+
+
+def test_ray_is_left_as_it_was_where_a_process_is_connected_already(tiny_run, tmp_path):
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
+    try:
+        with pytest.raises(LeadlineError, match=r"10\.0\.0\.1:6379: this process is connected to Ray already"):
+            leadline.run(TINY, tmp_path / "refused", address="10.0.0.1:6379")
+        run = leadline.run(TINY, tmp_path / "run")
+        assert ray.is_initialized()
+        deadline = time.monotonic() + 30
+        while any(name.startswith("ray::_Actor") for name in descendants(os.getpid()).values()):
+            assert time.monotonic() < deadline, "the run's actors live on"
+            time.sleep(0.1)
+    finally:
+        ray.shutdown()
+    assert tables_of(run.directory.root) == tables_of(tiny_run.directory.root)
 
 
 def test_a_finished_run_is_only_opened(tiny_run, tmp_path):

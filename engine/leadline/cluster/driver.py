@@ -53,9 +53,9 @@ def run(
 
     config: a preset's name, a YAML file, the same as a mapping, or a RunConfig. out: the run's directory, or
     s3://bucket/prefix or gs://bucket/prefix, by default runs/<name>; a run that was interrupted goes on from its
-    finished units. address: of a Ray cluster; by default one is started on this machine. overrides: "key=value" in the
-    configuration. train_only: stop when the weights of all members are stored; the same call without it goes on from
-    there. Progress goes to standard error.
+    finished units. address: of a Ray cluster; by default what this process is connected to already, else RAY_ADDRESS,
+    else this machine. overrides: "key=value" in the configuration. train_only: stop when the weights of all members are
+    stored; the same call without it goes on from there. Progress goes to standard error.
 
     Raises LeadlineError for what is the user's to mend: bad configuration, data or weights, a directory that holds a
     run of others, and one that another driver is at work on.
@@ -140,10 +140,10 @@ def _compute(
     for stage in ("train", "reduce") if reduced else ():
         stages.found(stage, len(reduced))
     with _scratch(graph, directory, groups, is_local, stages, lease) as (placed, room, scratch):
-        pool = Pool(engine, (graph.config, stamps, placed), scratch, is_local, stages.say)
-        failures = _do(graph, placed, groups, room, pool, watch, lease)
-        lease.check()
-        pool.close()
+        with Pool(engine, (graph.config, stamps, placed), scratch, is_local, stages.say) as pool:
+            failures = _do(graph, placed, groups, room, pool, watch, lease)
+            lease.check()
+            pool.close()
         # Also of members that an earlier try had reduced when it was killed.
         for member in reduced:
             placed.free_member(member.name, keep_indexes=engine.keep_indexes)

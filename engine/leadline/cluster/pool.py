@@ -76,7 +76,15 @@ def untried(error: str) -> Ended:
 
 @contextmanager
 def connected(engine: Engine, address: str | None) -> Iterator[bool]:
-    """Ray: of a cluster at `address` or RAY_ADDRESS, else of this machine alone; yields whether it is the latter."""
+    """Ray: of a cluster at `address` or RAY_ADDRESS, else of this machine alone; yields whether it is the latter.
+
+    A process that is connected already, as a notebook may be, stays so; whatever that is counts as a cluster.
+    """
+    if ray.is_initialized():
+        if address:
+            raise LeadlineError(f"address {address}: this process is connected to Ray already; leave it out")
+        yield False
+        return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
@@ -181,7 +189,10 @@ class Failure:
 
 
 class Pool:
-    """Actors of one run, each with a workbench and its share of CPUs and GPUs. bench: what makes a `Workbench`."""
+    """Actors of one run, each with a workbench and its share of CPUs and GPUs; they end with the block that uses it.
+
+    bench: what makes a `Workbench`.
+    """
 
     def __init__(
         self, engine: Engine, bench: tuple[Any, ...], scratch: Scratch, is_local: bool, say: Callable[[str], None]
@@ -193,6 +204,13 @@ class Pool:
         self.size = self._count(is_local)
         for _ in range(self.size):
             self._start()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers():
+            ray.kill(worker.actor)
 
     def run(
         self, schedule: Schedule, began: Callable[[Unit, Seat, float], None], ended: Callable[[Unit, Ended], None],
@@ -260,8 +278,7 @@ class Pool:
 
     def close(self) -> None:
         """Have the workers give back their scratch."""
-        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
-        left = [worker.actor.leave.remote() for worker in workers if worker.ready]
+        left = [worker.actor.leave.remote() for worker in self._workers() if worker.ready]
         if left:
             ray.wait(left, num_returns=len(left), timeout=SECONDS_TO_ANSWER)
 
@@ -297,8 +314,10 @@ class Pool:
         self._start()
 
     def _homes(self) -> set[str]:
-        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
-        return {worker.ready.home for worker in workers if worker.ready}
+        return {worker.ready.home for worker in self._workers() if worker.ready}
+
+    def _workers(self) -> list[_Worker]:
+        return [*self._idle, *(worker for worker, _ in self._busy.values())]
 
     def _feed(self, schedule: Schedule, began: Callable[[Unit, Seat, float], None]) -> None:
         """Give every idle worker a unit, as far as there are any that need not wait."""
