@@ -183,7 +183,7 @@ LIBRARIES = 512 << 20  # bytes that an actor takes before it searches: Python, t
 
 
 class Engine(Section):
-    """How the work is cut and who does it. `workers` changes nothing but the time, so it may change between resumes."""
+    """How the work is cut, and who does it. A run may go on with others of those keys that `record` leaves out."""
 
     workers: int | None = Field(
         default=None, ge=1, description="actors; by default as many as the cluster has room for"
@@ -304,9 +304,9 @@ class RunConfig(Section):
         return self.method[matching[0]] if matching else "exact"
 
     def record(self) -> dict[str, Any]:
-        """All that the results depend on, as plain JSON values: everything but workers, memory and scratch."""
+        """All that the results depend on, as plain JSON values: all but who does the work, and where."""
         record = self.model_dump(mode="json")
-        for key in ("workers", "memory_budget", "scratch", "placement"):
+        for key in ("workers", "group_size", "memory_budget", "scratch", "placement"):
             del record["engine"][key]
         return record
 

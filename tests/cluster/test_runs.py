@@ -227,8 +227,8 @@ def test_another_configuration_or_other_data_are_refused_with_the_difference(tin
     (copy / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(LeadlineError, match=r"data\.fingerprint was '0000"):
         leadline.run(TINY, copy)
-    # The number of workers is no part of what was computed.
-    assert leadline.run(changed(workers=1), root).manifest["status"] == "complete"
+    # The number of workers is no part of what was computed, nor is who is embedded with whom.
+    assert leadline.run(changed(workers=1, group_size=1), root).manifest["status"] == "complete"
 
 
 def test_given_weights_are_taken_and_their_change_is_refused(tiny_run, tmp_path):
@@ -397,6 +397,8 @@ def test_a_job_that_only_trains_leaves_weights_that_the_run_goes_on_from(tmp_pat
     assert [path.stem for path in weights] == ["mlp-0", "mlp-1", "mlp-2"]
     assert [path.name for path in run.rglob("*.parquet")] == ["points.parquet"]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
+    # Who is embedded with whom is no part of what is computed.
+    config.write_text(yaml.safe_dump(changed(group_size=3)))
     job("compute_depths.py")
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
     assert tables_of(run) == tables_of(tiny_run.directory.root)
