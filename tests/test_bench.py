@@ -149,6 +149,7 @@ def test_exact_votes_of_a_member_are_those_that_its_run_stored(tiny_run):
         assert np.mean(measured.winners[0] == np.array(votes)[:, layer]) > 0.998
 
 
+@pytest.mark.slow
 def test_a_members_layers_are_reduced_as_its_run_reduced_them(tmp_path):
     tree = {
         **TINY,

@@ -154,6 +154,7 @@ def test_inputs_that_are_not_finite_are_found(refused, tmp_path):
     assert "123" in line and "finite" in line
 
 
+@pytest.mark.slow
 def test_embeddings_that_are_not_finite_are_found(refused, tmp_path):
     (tmp_path / "broken.py").write_text(
         "import torch\n"

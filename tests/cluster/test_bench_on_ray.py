@@ -18,6 +18,7 @@ def figures(result):
     return [{name: row[name] for name in kept if name in row} for row in rows]
 
 
+@pytest.mark.slow
 def test_layers_are_measured_in_parallel_with_the_same_result(tmp_path):
     random = np.random.default_rng(0)
     labels = random.integers(0, 4, 500)

@@ -99,7 +99,14 @@ def test_the_search_at_the_input_is_made_once_for_all_members(tiny_run):
     assert tiny_run.manifest["stages"]["share"]["work"] == 1797
 
 
-@pytest.mark.parametrize(("workers", "shard_size", "query_block"), [(1, 100, 300), (3, 640, 300), (2, 5000, 300)])
+@pytest.mark.parametrize(
+    ("workers", "shard_size", "query_block"),
+    [
+        pytest.param(1, 100, 300, marks=pytest.mark.slow),
+        (3, 640, 300),
+        pytest.param(2, 5000, 300, marks=pytest.mark.slow),
+    ],
+)
 def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, shard_size, query_block):
     config = changed(workers=workers, shard_size=shard_size, query_block=query_block, group_size=workers)
     other = leadline.run(config, tmp_path / "run")
@@ -137,6 +144,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 def test_killing_the_driver_in_each_stage_loses_only_units_in_flight(tiny_run, tmp_path):
     run, config = tmp_path / "run", tmp_path / "tiny.yaml"
     # The scratch is put where the test can see it.
@@ -175,6 +183,7 @@ def expect_not_redone(log, done):
         assert found.get(stage, 0) >= units, (stage, log)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(tiny_run, tmp_path):
     run, config = tmp_path / "run", tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({**TINY, "engine": {**TINY["engine"], "scratch": str(tmp_path / "scratch")}}))
@@ -384,6 +393,7 @@ def test_a_unit_that_fails_is_set_aside_and_all_else_is_done(tiny_run, tmp_path)
             assert rows.replace_schema_metadata().equals(expected.replace_schema_metadata())
 
 
+@pytest.mark.slow
 def test_a_job_that_only_trains_leaves_weights_that_the_run_goes_on_from(tmp_path, tiny_run):
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(TINY))
