@@ -11,8 +11,8 @@ They tell what other members, trained on the same data, would have given. They a
 standard deviation over the draws and t the quantile of Student's t for M - 1 degrees of freedom, M the number of
 members: s alone would be too small where M is. The quantiles of the draws are not taken as ends. A draw has fewer
 different members than the ensemble, so its means are noisier, and a correlation of noisier means is nearer to 0: with
-many points all draws can lie below the value. For the same reason these intervals of correlations are wider than they
-need be: in simulated ensembles 1.1 to 1.9 times, the more the more points. There is no interval (NaN) for one member.
+many points all draws can lie below the value. The number of different members also varies from draw to draw, so with
+many points intervals of correlations are wider than they need be. There is no interval (NaN) for one member.
 """
 
 from collections.abc import Callable, Sequence
