@@ -142,13 +142,13 @@ def _forward(model: nn.Module, names: Iterable[str], inputs: Tensor) -> tuple[li
     with ExitStack() as stack:
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
         return records, model(inputs.clone())  # a model may begin with a ReLU in place
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module gets its own mode back, since they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
