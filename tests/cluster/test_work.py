@@ -44,4 +44,4 @@ def test_searching_has_what_the_libraries_leave_of_the_budget_or_half_of_it(budg
 def test_indexes_are_not_cut_but_what_members_share_is(method):
     config, probe = of(10, 1000, method), Probe(0, "input", 8, None, (8,))
     assert bank_parts(config, 500, probe) == [(0, 500)]
-    assert len(common_bank_parts(config, CommonBank(np.arange(500), 10, True), probe)) == 34
+    assert len(common_bank_parts(config, CommonBank(np.arange(500), 10, True), probe)) == 34  # of 15 rows at most
