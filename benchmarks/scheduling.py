@@ -23,6 +23,7 @@ from leadline.cluster.schedule import Schedule, Unit
 from leadline.cluster.work import list_members
 from leadline.config import load_config
 from leadline.store import RunDirectory
+from leadline.store.log import ended_units, sessions
 
 PACKAGES = ("leadline", "ray")
 GROUP = 1000  # units that are taken in together, as those of a group of members are
@@ -94,13 +95,19 @@ def overhead(
     workers = load_config(config).engine.workers or os.cpu_count() or 1
     stages = run.manifest["stages"]
     in_units = sum(stage["worker_seconds"] for stage in stages.values())
-    ratio = seconds * workers / in_units
-    print(f"{seconds:.1f} s by {workers} workers, {in_units:.1f} s of them in units: {ratio:.3f} times the work")
+    (session,) = sessions(run.directory)
+    units = list(ended_units(run.directory, session["session"]))
+    at_work = max(unit["ended"] for unit in units) - min(unit["began"] for unit in units)
+    ratios = {"whole": seconds * workers / in_units, "at_work": at_work * workers / in_units}
+    print(
+        f"{seconds:.1f} s by {workers} workers, {in_units:.1f} s of them in units: {ratios['whole']:.3f} times the work"
+    )
+    print(f"without starting and stopping Ray and its workers: {at_work:.1f} s, {ratios['at_work']:.3f} times")
     write_result(
         f"scheduling-overhead-{run.manifest['name']}",
         {
             **stamp(PACKAGES, workers), "workers": workers, "seconds": seconds, "unit_seconds": in_units,
-            "ratio": ratio, "stages": stages,
+            "seconds_at_work": at_work, "ratios": ratios, "stages": stages,
         },
     )  # fmt: skip
 
