@@ -6,8 +6,6 @@ a cell are not sorted into rings, and a limit is not lowered before a whole tile
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -232,7 +230,7 @@ class _Search:
         """Squared distances float64 [n] of queries and bank rows, as `kernels` measures them."""
         width = self.queries.shape[1]
         squares = torch.empty(len(which), dtype=torch.float64, device=which.device)
-        at_once = max(1, BYTES // (32 * width))
+        at_once = max(1, BYTES // (24 * width))
         for start in range(0, len(which), at_once):
             part = slice(start, start + at_once)
             a, b = self.queries[which[part]], self.screen.bank[rows[part]]
@@ -294,54 +292,20 @@ def _largest(values: torch.Tensor, cell: torch.Tensor, n_cells: int) -> torch.Te
 
 
 def _pairwise(squares: torch.Tensor) -> torch.Tensor:
-    """Sums of rows float64 [n, D], D > 0, none negative, in numpy's pairwise order: those of `squared_distance`, [n].
-
-    numpy halves a row until at most 128 values are left, and adds these in eight lanes, then what is over one by one.
-    All leaves are added at the same time, and then all pairs of one height. Zeros fill the lanes: they change no bit.
-    """
-    lanes, over, pairs = _order_of(squares.shape[1], squares.device)
-    squares = torch.nn.functional.pad(squares, (0, 1))
-    sums = squares[:, lanes[0]]
-    for values in lanes[1:]:
-        sums += squares[:, values]
-    sums = sums[..., 0::2] + sums[..., 1::2]
-    sums = (sums[..., 0] + sums[..., 1]) + (sums[..., 2] + sums[..., 3])
-    for values in over:
-        sums += squares[:, values]
-    for left, right in pairs:
-        sums = torch.cat([sums, sums[:, left] + sums[:, right]], dim=1)
-    return sums[:, -1]
-
-
-@lru_cache(maxsize=64)
-def _order_of(
-    width: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """In what order `_pairwise` adds a row: lanes [16, L, 8] and what is over [7, L], by place, `width` for nothing;
-    and for each height the sums that are added to each other, by number: first the L leaves, then height by height.
-    """
-    leaves: list[tuple[int, int]] = []
-    joints: list[tuple[int, int, int]] = []  # height, and the two that are joined: a leaf, or ~ the place in this list
-
-    def halve(first: int, stop: int) -> tuple[int, int]:
-        if stop - first <= 128:
-            leaves.append((first, stop))
-            return 0, len(leaves) - 1
-        half = first + (stop - first) // 2 // 8 * 8
-        (height, left), (other, right) = halve(first, half), halve(half, stop)
-        joints.append((max(height, other) + 1, left, right))
-        return joints[-1][0], ~(len(joints) - 1)
-
-    halve(0, width)
-    lanes, over = np.full((16, len(leaves), 8), width), np.full((7, len(leaves)), width)
-    for leaf, (first, stop) in enumerate(leaves):
-        whole = (stop - first) // 8
-        lanes[:whole, leaf] = np.arange(first, first + 8 * whole).reshape(-1, 8)
-        over[: stop - first - 8 * whole, leaf] = np.arange(first + 8 * whole, stop)
-    order = sorted(range(len(joints)), key=lambda joint: joints[joint][0])
-    number = {~joint: len(leaves) + place for place, joint in enumerate(order)}
-    pairs = []
-    for _, same in groupby(order, key=lambda joint: joints[joint][0]):
-        both = np.array([[number.get(side, side) for side in joints[joint][1:]] for joint in same])
-        pairs.append((torch.from_numpy(both[:, 0]).to(device), torch.from_numpy(both[:, 1]).to(device)))
-    return torch.from_numpy(lanes).to(device), torch.from_numpy(over).to(device), pairs
+    """Sums of rows float64 [n, D] in numpy's pairwise order: the bits of `distance.squared_distance`, [n]."""
+    width = squares.shape[1]
+    if width > 128:
+        half = width // 2
+        half -= half % 8
+        return _pairwise(squares[:, :half]) + _pairwise(squares[:, half:])
+    whole = width - width % 8 if width >= 8 else 0
+    total = torch.zeros(len(squares), dtype=torch.float64, device=squares.device)
+    if whole:
+        lanes = squares[:, :8].clone()
+        for start in range(8, whole, 8):
+            lanes += squares[:, start : start + 8]
+        pairs = lanes[:, 0::2] + lanes[:, 1::2]
+        total = (pairs[:, 0] + pairs[:, 1]) + (pairs[:, 2] + pairs[:, 3])
+    for i in range(whole, width):
+        total = total + squares[:, i]
+    return total
