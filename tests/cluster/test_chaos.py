@@ -51,7 +51,7 @@ def of_images(root):
 def killed_at_random(command, run, nodes, seed):
     """Run the command again and again until it ends well. Returns the logs, and what was killed.
 
-    Something is killed only when units were done since the last time: on a slow machine nothing would be done otherwise.
+    Something is killed only when units were done since the last time, or on a slow machine nothing would be done.
     """
     chance, logs, lost = random.Random(seed), [], []
     for attempt in range(MOST):
