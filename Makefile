@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/leadline run digits
 
+# Searches are tested on all cores; runs take all cores themselves, one after another.
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto tests/knn
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/knn
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto tests/knn
+	$(BIN)/python -m pytest --ignore tests/knn
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -48,7 +48,8 @@ HAS = {
 }
 
 
-@pytest.fixture(params=WAYS)
+# Tiles in torch are small here, and their many small steps slow on a processor.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if "in tiles" in name else name for name in WAYS])
 def way(request, monkeypatch):
     """Each of the ways that a search can go, whatever the size of the bank and the processor; `search` follows it."""
     for kind, has in (("int8", product.HAS_INT8), ("int16", product.HAS_INT16)):
