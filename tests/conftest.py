@@ -14,6 +14,17 @@ import yaml
 from tiny import TINY
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For networks that are too small for two."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A finished run of digits, to be read and not changed."""

@@ -12,6 +12,8 @@ from torch import nn
 from leadline.errors import LeadlineError
 from leadline.members.architectures import OWN, StandardisedConv2d, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CIFAR = (3, 32, 32)
 SMALL = {"mlp": {"width": 12, "depth": 4}, "resnet18": {"width": 4}, "vgg16": {"width": 4}}
 

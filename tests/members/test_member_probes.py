@@ -11,6 +11,8 @@ from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes, read_probe, read_probes
 from leadline.torchvision_import import import_torchvision
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CIFAR = (3, 32, 32)
 
 

@@ -9,6 +9,8 @@ from leadline.config import FileSplit, PartSplit, RandomSplit
 from leadline.errors import LeadlineError
 from leadline.members.splits import training_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARTS = np.array([0, 1, 0, 0, 1, 0], dtype=np.uint8)
 
 

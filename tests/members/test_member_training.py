@@ -14,6 +14,8 @@ from leadline.members.train import resolve_precision, train
 from leadline.members.weights import weights_fingerprint
 from leadline.points import open_points
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def digits():

@@ -12,6 +12,8 @@ from leadline.errors import LeadlineError
 from leadline.members.architectures import build
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network(seed=0):
     return build("resnet18", {"width": 4, "norm": "batch", "depth": [1, 1, 1, 1]}, (1, 8, 8), 3, seed)

@@ -16,13 +16,7 @@ from leadline.embedding.outputs import summarise_logits
 from leadline.members.architectures import build
 from leadline.study.margins import adversarial_input_margin, ensemble_entropy
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs_of(shape, n=7, seed=0):

@@ -1,12 +1,9 @@
 """What the analyses share: arrays that fit together, and an order that ties do not disturb."""
 
-from typing import Any
-
 import numpy as np
 
 from leadline.errors import LeadlineError
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from leadline.knn.arrays import Array
 
 
 def refuse_other_shapes(shape: tuple[int, ...], **arrays: Array) -> None:

@@ -7,7 +7,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
 from leadline.errors import LeadlineError
-from leadline.study.arrays import Array, ranked, refuse_other_shapes
+from leadline.knn.arrays import Array
+from leadline.study.arrays import ranked, refuse_other_shapes
 
 
 @dataclass(frozen=True)

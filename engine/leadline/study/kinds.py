@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from leadline.errors import LeadlineError
-from leadline.study.arrays import Array, refuse_other_shapes
+from leadline.knn.arrays import Array
+from leadline.study.arrays import refuse_other_shapes
 
 # A kind's number is 2 x (deep held out) + (deep in training).
 KINDS = ("easy", "looks like a different class", "ambiguous unless the label is given", "ambiguous")

@@ -7,7 +7,8 @@ import numpy as np
 from scipy.special import softmax
 
 from leadline.errors import LeadlineError
-from leadline.study.arrays import Array, refuse_other_shapes
+from leadline.knn.arrays import Array
+from leadline.study.arrays import refuse_other_shapes
 
 
 @dataclass(frozen=True)

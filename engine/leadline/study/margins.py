@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from leadline.embedding.extract import float32_products
 from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
 from leadline.members.probes import eval_mode
-from leadline.study.arrays import Array
 
 
 def ensemble_entropy(logits: Iterable[Array], where: Array) -> Array:

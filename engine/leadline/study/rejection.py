@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from leadline.errors import LeadlineError
-from leadline.study.arrays import Array, ranked, refuse_other_shapes
+from leadline.knn.arrays import Array
+from leadline.study.arrays import ranked, refuse_other_shapes
 
 
 @dataclass(frozen=True)

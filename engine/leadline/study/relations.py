@@ -23,7 +23,8 @@ import numpy as np
 from scipy.stats import spearmanr, t
 
 from leadline.errors import LeadlineError
-from leadline.study.arrays import Array, refuse_other_shapes
+from leadline.knn.arrays import Array
+from leadline.study.arrays import refuse_other_shapes
 
 DRAWS = 1000
 LOW, HIGH = 0.025, 0.975  # of a two-sided interval of 95 %
