@@ -160,6 +160,31 @@ def verify(run: RunPath) -> None:
     print(f"{run}: sound")
 
 
+@app.command()
+def study(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder; by default study/<name of the run>")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="relations, kinds, layers, convergence, corruption, members, neighbours or accuracy; by default all"
+        ),
+    ] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="trained again without the points that depth marks")
+    ] = None,
+) -> None:
+    """Hold the paper's claims against a run: tables, figures and a page, with intervals over members."""
+    sys.path.insert(0, str(Path.cwd()))
+    import leadline
+    from leadline.report.study import write_study
+
+    opened = leadline.open(run)
+    folder = out or Path("study") / str(opened.manifest["name"])
+    others = [leadline.open(other) for other in again or []]
+    print(write_study(opened, folder, only or (), others, _tell))
+
+
 @bench_app.command("knn")
 def bench_knn(
     source: Annotated[

@@ -38,6 +38,9 @@ class PointsSection(Section):
     """What every source of points understands beside its own keys."""
 
     corrupt: Corruption | None = None
+    relabel: Path | None = Field(
+        default=None, description=".npy, int [N]: labels of the training part that replace the given ones, -1 for none"
+    )
     resize: int | None = Field(default=None, ge=1, description="shorter side of every image, in pixels")
     crop: int | None = Field(default=None, ge=1, description="side of the square cut from the middle, in pixels")
     mean: tuple[float, ...] | None = Field(default=None, description="per channel, subtracted after scaling to [0, 1]")
@@ -138,6 +141,13 @@ class Training(Section):
     )
 
 
+class Checkpoint(Section):
+    """What an entry of members is where it is one network at an earlier step of its training."""
+
+    of: str = Field(description="the name of the entry that is the network at its last step")
+    step: int = Field(ge=0, description="optimiser steps done")
+
+
 class MemberConfig(Section):
     """`count` members of one architecture, with the seeds `seed` … `seed + count - 1`."""
 
@@ -154,6 +164,12 @@ class MemberConfig(Section):
     probes: Literal["paper", "auto"] | tuple[str, ...] | None = Field(
         default=None, description="paper for mlp, resnet18 and vgg16, otherwise auto; or module names, with wildcards"
     )
+    at_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), description="earlier steps of its training: an entry NAME-at-STEP is added for each"
+    )
+    checkpoint: Checkpoint | None = Field(
+        default=None, description="of an entry that at_steps added, or of given weights"
+    )
 
     @field_validator("architecture")
     @classmethod
@@ -166,7 +182,24 @@ class MemberConfig(Section):
     def _weights_or_training(self) -> Self:
         if self.weights is not None and self.training is not None:
             raise ValueError("give weights or training, not both")
+        if self.at_steps and self.training is None:
+            raise ValueError(
+                "at_steps needs training; for weights of yours give an entry with checkpoint for each step"
+            )
+        if self.at_steps and self.training and max(self.at_steps) >= self.training.steps:
+            raise ValueError(f"at_steps are before the last of {self.training.steps} steps")
         return self
+
+    def at(self, step: int) -> "MemberConfig":
+        """The same at an earlier step: trained for fewer steps it is bit for bit the network that training passes."""
+        assert self.training is not None
+        changes = {
+            "name": f"{self.label}-at-{step}",
+            "training": self.training.model_copy(update={"steps": step}),
+            "at_steps": (),
+            "checkpoint": Checkpoint(of=self.label, step=step),
+        }
+        return self.model_copy(update=changes)
 
     @property
     def label(self) -> str:
@@ -238,7 +271,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     points: PointsConfig
-    members: tuple[MemberConfig, ...] = Field(min_length=1)
+    members: tuple[MemberConfig, ...] = Field(min_length=1, description="with those that `at_steps` adds")
     k: int = Field(default=30, ge=1, description="neighbours that vote")
     method: str | dict[str, str] = Field(
         default="exact",
@@ -256,6 +289,13 @@ class RunConfig(Section):
         description="what is stored of the embeddings: none, pca:M, jl:M or pool:HxW for all layers, or by probe name",
     )
     engine: Engine = Engine()
+
+    @field_validator("members", mode="after")
+    @classmethod
+    def _with_checkpoints(cls, value: tuple[MemberConfig, ...]) -> tuple[MemberConfig, ...]:
+        """Earlier steps come after all final networks, each an entry of its own."""
+        final = tuple(entry.model_copy(update={"at_steps": ()}) for entry in value)
+        return final + tuple(entry.at(step) for entry in value for step in sorted(set(entry.at_steps)))
 
     @field_validator("reduction", mode="plain")
     @classmethod
@@ -286,6 +326,9 @@ class RunConfig(Section):
         names = [member.label for member in self.members]
         if len(set(names)) < len(names):
             raise ValueError("two entries of members have the same name: give each its own with `name`")
+        for member in self.members:
+            if member.checkpoint and member.checkpoint.of not in names:
+                raise ValueError(f"checkpoint: no entry of members has the name {member.checkpoint.of}")
         return self
 
     @property

@@ -51,7 +51,7 @@ class StoredMember:
         """Embeddings of inputs [Q, ...], float32 [Q, stored width] a probe, and predictions int32 [Q]."""
         if not len(points):
             raise LeadlineError("points: none are given; give at least one")
-        network = self._network(points.shape[1:])
+        network = self.network(points.shape[1:])
         size = self.config.engine.batch_size
         batches = [
             self._embed(network, range(len(self.probes)), points[first : first + size], first)
@@ -66,7 +66,7 @@ class StoredMember:
         The whole network runs, in the run's batches, and one of them is in memory at a time. Raises LeadlineError for
         weights that are not the run's, and where an embedding is not finite.
         """
-        network = self._network(points.input_shape)
+        network = self.network(points.input_shape)
         # The input and the softmax belong to every forward pass.
         read = [other.index for other in self.probes if other.index == probe or other.place is None]
         size = self.config.engine.batch_size
@@ -75,12 +75,11 @@ class StoredMember:
                 inputs = points.read(np.arange(first, min(first + size, len(points))))
                 write(self._embed(network, read, inputs, first).embeddings[read.index(probe)])
 
-    def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
-        """One batch at some of the probes; `first` is the number of its first point."""
-        probes, reducers = [self.probes[i] for i in read], [self._reducers[i] for i in read]
-        return embed_batch(network, probes, torch.from_numpy(inputs).to(self._device), first, self.name, reducers)
+    def network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
+        """With its stored weights, float32 and in eval mode, on the device.
 
-    def _network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
+        Raises LeadlineError for weights that are not the run's.
+        """
         entry = next(entry for entry in self.config.members if entry.label == self._row["architecture"])
         network = build(entry.architecture, entry.parameters, input_shape, self.probes[-1].width, self._row["seed"])
         place = self._directory.weights(self.name)
@@ -90,3 +89,8 @@ class StoredMember:
         if weights_fingerprint(network) != self._fingerprint:
             raise LeadlineError(f"{place}: not the weights that the run was made with; restore the file")
         return network
+
+    def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
+        """One batch at some of the probes; `first` is the number of its first point."""
+        probes, reducers = [self.probes[i] for i in read], [self._reducers[i] for i in read]
+        return embed_batch(network, probes, torch.from_numpy(inputs).to(self._device), first, self.name, reducers)

@@ -1,4 +1,6 @@
-"""Fixed random corruption of labels."""
+"""Labels other than the source's: fixed random corruption, and labels that a user gives instead."""
+
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,3 +28,29 @@ def corrupted(
     result = labels.copy()
     result[chosen] = (labels[chosen] + steps) % classes
     return result
+
+
+def relabelled(labels: NDArray[np.int32], parts: NDArray[np.uint8], classes: int, path: Path) -> NDArray[np.int32]:
+    """Labels int32 [N] of which those of the training part are replaced where the file has another label than -1.
+
+    path: .npy, int [N]. Raises LeadlineError for a file that is damaged or of another number of points, a class that is
+    not there, and a label for a point that is not in the training part.
+    """
+    try:
+        given = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise LeadlineError(
+            f"points.relabel: {path}: {error.strerror or 'damaged'}; give an integer .npy file"
+        ) from None
+    except Exception as error:  # numpy raises many kinds for a damaged file
+        raise LeadlineError(f"points.relabel: {path}: not a .npy file of numbers; write one with numpy.save") from error
+    if not isinstance(given, np.ndarray) or given.shape != labels.shape or given.dtype.kind not in "iu":
+        raise LeadlineError(f"points.relabel: {path}: give integers of shape {labels.shape}, -1 where a label stays")
+    changed = given != -1
+    bad = np.flatnonzero(changed & ((given < -1) | (given >= classes) | (parts != TRAIN)))
+    if len(bad):
+        raise LeadlineError(
+            f"points.relabel: {path}: point {bad[0]} gets {given[bad[0]]}; allowed are 0 to {classes - 1} in the "
+            "training part, and -1 everywhere"
+        )
+    return np.where(changed, given, labels).astype(np.int32)

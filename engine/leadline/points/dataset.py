@@ -10,7 +10,7 @@ from PIL import Image
 
 from leadline.config import Digits, ImageFolder, NpyPoints, ParquetPoints, PointsConfig, TorchvisionPoints
 from leadline.errors import LeadlineError
-from leadline.points.corruption import corrupted
+from leadline.points.corruption import corrupted, relabelled
 from leadline.points.digits import open_digits
 from leadline.points.image_folder import open_image_folder
 from leadline.points.images import fit, resized_size, size_of
@@ -45,8 +45,8 @@ def _open_source(config: PointsConfig) -> Source:
 class Points:
     """Labelled inputs; point_id is the position 0 … N-1: the training part first, then the test part.
 
-    labels int32 [N], as given to the members (corrupted where that was asked for)
-    clean_labels int32 [N], as the source has them, or None where no corruption was asked for
+    labels int32 [N], as given to the members (corrupted, then relabelled, where that was asked for)
+    clean_labels int32 [N], as the source has them, or None where neither was asked for
     keys list of N names at the source; parts uint8 [N], TRAIN or TEST; label_names, one for each class
     input_shape, of one input as `read` gives it: (C, H, W) for images, as the source has it for numbers
 
@@ -66,6 +66,9 @@ class Points:
             self.labels = corrupted(
                 source.labels, source.parts, len(source.label_names), config.corrupt.share, config.corrupt.seed
             )
+        if config.relabel is not None:
+            self.clean_labels = source.labels
+            self.labels = relabelled(self.labels, source.parts, len(source.label_names), config.relabel)
         _refuse_unfit_keys(config, source.inputs.full_scale)
         ((_, first),) = source.inputs.read(np.zeros(1, dtype=np.int64))
         self.input_shape = self._fitted(first, 0).shape
@@ -107,8 +110,9 @@ class Points:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the contents at the source: inputs as stored, labels, parts, keys, label names.
 
-        It does not depend on preprocessing, on corruption, on where the files lie, or on their dates. Reads every
-        input once. Raises LeadlineError that names a file that cannot be read.
+        And the labels that were given instead of these. It does not depend on preprocessing, on corruption, on where
+        the files lie, or on their dates. Reads every input once. Raises LeadlineError that names a file that cannot be
+        read.
         """
         source = self._source
         digest = hashlib.sha256(json.dumps([len(self), source.label_names]).encode())
@@ -119,6 +123,8 @@ class Points:
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         for chunk in source.inputs.content():
             digest.update(chunk)
+        if self._config.relabel is not None:
+            digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
     def _fitted(self, value: Image.Image | NDArray[Any], point_id: int) -> NDArray[Any]:

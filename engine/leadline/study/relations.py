@@ -71,7 +71,9 @@ def binned_means(depth: Array, measure: Array, edges: Array, *, draws: int = DRA
     measures = _measures(depth=depth, measure=measure)
     n_points, _ = counts(*(ready.means() for ready in measures))
     n_left_out = measures[0].known.shape[1] - n_points.sum()
-    return Estimate(*_interval([measures], means, draws, seed), n_points, np.asarray(n_left_out))
+    return Estimate(
+        *_interval([len(measures[0])], _of_means([measures], means), draws, seed), n_points, np.asarray(n_left_out)
+    )
 
 
 def rank_correlation(one: Array, other: Array, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
@@ -104,8 +106,18 @@ def mean_over_members(values: Array, *, draws: int = DRAWS, seed: int = 0) -> Es
     shape = np.shape(values)[1:]
     (measure,) = _measures(values=np.reshape(values, (len(values), -1)))
     n_members = measure.known.sum(axis=0)
-    value, low, high = _interval([[measure]], lambda means: means, draws, seed)
+    value, low, high = _interval([len(measure)], _of_means([[measure]], lambda means: means), draws, seed)
     return Estimate(*(array.reshape(shape) for array in (value, low, high, n_members, len(values) - n_members)))
+
+
+def over_members(
+    statistic: Callable[[Array], Array], n_members: int, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """A statistic of an ensemble, and the ends of its interval; all of the statistic's own shape.
+
+    statistic: of how often each member counts, int [members]; once each for the value.
+    """
+    return _interval([n_members], lambda times: statistic(times[0]), draws, seed)
 
 
 def stability(measure: Array, sizes: Sequence[int], *, draws: int = 100, seed: int = 0) -> Estimate:
@@ -182,31 +194,37 @@ def _spearman(one: Array, other: Array) -> Array:
 
 
 def _rank_correlation(groups: Sequence[Sequence[_Measure]], draws: int, seed: int) -> Estimate:
-    value, *ends = _interval(groups, _spearman, draws, seed)
+    value, *ends = _interval([len(group[0]) for group in groups], _of_means(groups, _spearman), draws, seed)
     low, high = (np.asarray(np.clip(end, -1, 1)) for end in ends)
     known = np.array([measure.known.any(axis=0) for group in groups for measure in group]).all(axis=0)
     return Estimate(value, low, high, np.asarray(known.sum()), np.asarray((~known).sum()))
 
 
 def _interval(
-    groups: Sequence[Sequence[_Measure]], statistic: Callable[..., Array], draws: int, seed: int
+    sizes: Sequence[int], statistic: Callable[[Sequence[Array]], Array], draws: int, seed: int
 ) -> tuple[Array, Array, Array]:
-    """A statistic of the means of measures: from all members, and the ends of its interval.
+    """A statistic from all members, and the ends of its interval.
 
-    The measures of one group are of the same members, which are drawn together.
+    sizes: members of each group that is drawn apart; statistic: of how often each member of each group counts.
     """
+    random = np.random.default_rng(seed)
+    value = np.asarray(statistic([np.ones(n, np.int64) for n in sizes]))
+    if min(sizes) < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    drawn = np.stack([statistic([random.multinomial(n, np.full(n, 1 / n)) for n in sizes]) for _ in range(draws)])
+    reach = t.ppf(HIGH, min(sizes) - 1) * np.sqrt(min(sizes) / (min(sizes) - 1)) * _std(drawn)
+    return value, np.asarray(value - reach), np.asarray(value + reach)
+
+
+def _of_means(
+    groups: Sequence[Sequence[_Measure]], statistic: Callable[..., Array]
+) -> Callable[[Sequence[Array]], Array]:
+    """A statistic of the means of measures; those of one group are of the same members, which are drawn together."""
 
     def of(times: Sequence[Array]) -> Array:
         return statistic(*(m.means(drawn) for group, drawn in zip(groups, times, strict=True) for m in group))
 
-    random = np.random.default_rng(seed)
-    sizes = [len(group[0]) for group in groups]
-    value = of([np.ones(n, np.int64) for n in sizes])
-    if min(sizes) < 2:
-        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    drawn = np.stack([of([random.multinomial(n, np.full(n, 1 / n)) for n in sizes]) for _ in range(draws)])
-    reach = t.ppf(HIGH, min(sizes) - 1) * np.sqrt(min(sizes) / (min(sizes) - 1)) * _std(drawn)
-    return value, np.asarray(value - reach), np.asarray(value + reach)
+    return of
 
 
 def _std(drawn: Array) -> Any:

@@ -1,0 +1,313 @@
+"""A study's tables as files, figures and a page."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.query import Run
+from leadline.report.plots import finished, save_chart
+from leadline.store.files import replacing
+from leadline.study.accuracy import accuracy, again, write_again
+from leadline.study.analyses import ANALYSES, Material, kinds_of, material_of, typical
+from leadline.study.ensembles import Ensemble, read_ensembles
+from leadline.study.kinds import KINDS
+from leadline.study.networks import Networks
+
+# Okabe and Ito's colours ("Color universal design", 2008), told apart by all eyes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WIDTH, HEIGHT = 230, 170  # of a panel
+SHOWN = 60  # rows of a table that the page shows whole; longer ones are in their file and figure
+TILE, COLUMNS = 56, 12  # pixels of an example image, and images of a row
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the study: what it is called, how to read it, and its figure, None where the table tells it all."""
+
+    title: str
+    reads: str
+    draw: Callable[[list[dict[str, Any]]], Any] | None = None
+
+
+def write_study(
+    run: Run, folder: Path, only: Sequence[str] = (), others: Sequence[Run] = (), tell: Callable[[str], None] = print
+) -> Path:
+    """Make a study of a finished run: tables as CSV, figures as SVG, and page.md that shows them. Returns the page.
+
+    only: names of analyses, by default all; others: runs that were trained again (see `write_again`), compared with
+    this one by the analysis `accuracy`. What networks are asked again is kept in the folder. Analyses that need what
+    the run has not got (corrupted labels, checkpoints, several members) give no table.
+
+    Raises LeadlineError for an unknown name and for a run that is not finished.
+    """
+    analyses: dict[str, Callable[[Material], dict[str, pa.Table]]] = {**ANALYSES, "accuracy": accuracy}
+    unknown = [name for name in only if name not in analyses]
+    if unknown:
+        raise LeadlineError(f"--only: {unknown[0]!r} is no analysis; allowed: {', '.join(analyses)}")
+    ensembles = read_ensembles(run)
+    material = material_of(ensembles, Networks(run, folder / "networks", tell))
+    folder.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, pa.Table] = {}
+    sheets: list[str] = []
+    for name, analysis in analyses.items():
+        if not only or name in only:
+            tell(name)
+            tables |= analysis(material)
+    if not only or "accuracy" in only:
+        tables |= again(material, others)
+        for ensemble in material.ensembles:
+            write_again(ensemble, folder / "again" / ensemble.architecture)
+    if not only or "kinds" in only:
+        sheets = [sheet for ensemble in material.ensembles for sheet in _sheet(ensemble, material.networks, folder)]
+    return _write_page(tables, folder, _about(run, ensembles), sheets)
+
+
+def _about(run: Run, ensembles: Sequence[Ensemble]) -> list[str]:
+    """What was studied, for the head of the page."""
+    said = [
+        f"{one.architecture}: {len(one.members)} members, {one.n_probes} probes" for one in ensembles
+    ]  # fmt: skip
+    manifest, one = run.manifest, ensembles[0]
+    corrupted = f", {int(one.corrupted.sum()):,} labels corrupted" if one.corrupted.any() else ""
+    return [
+        f"# Study of {manifest['name']}",
+        f"{len(one.labels):,} points ({int(one.in_test.sum()):,} in part test{corrupted}), k = "
+        f"{manifest['configuration']['k']}. {'; '.join(said)}.",
+        "Intervals are of 95 %, by the bootstrap over members: what other members, trained on the same data, would "
+        "have given. Where there is one member there is none.",
+        f"Configuration {manifest['fingerprint'][:16]}, data {manifest['data']['fingerprint'][:16]}, leadline "
+        f"{manifest['versions']['leadline']}, torch {manifest['versions']['torch']}.",
+    ]
+
+
+def _sheet(ensemble: Ensemble, networks: Networks, folder: Path) -> list[str]:
+    """A picture of the most typical images of each kind, where points are images. Returns its name, in a list."""
+    if len(networks.points.input_shape) != 3:
+        return []
+    kind, _ = kinds_of(ensemble)
+    rows = [networks.points.read(ids) for ids in typical(ensemble, kind, COLUMNS)]
+    name = f"kinds-{ensemble.architecture}.png"
+    write_sheet(folder / name, rows)
+    return [name]
+
+
+def _write_page(tables: Mapping[str, pa.Table], folder: Path, about: Sequence[str], sheets: Sequence[str]) -> Path:
+    lines = [line for paragraph in about for line in (paragraph, "")]
+    for name, section in SECTIONS.items():
+        if name in tables:
+            lines += _section(name, section, tables[name], folder)
+    for sheet in sheets:
+        what = f"The most typical images of each kind, {sheet.removeprefix('kinds-').removesuffix('.png')}"
+        lines += [f"## {what}", "", f"A line of images for each: {', '.join(KINDS)}.", "", f"![{what}]({sheet})", ""]
+    page = folder / "page.md"
+    with replacing(page) as beside:
+        beside.write_text("\n".join(lines))
+    return page
+
+
+def write_sheet(path: Path, rows: Sequence[Array]) -> None:
+    """A picture of example images: one row of images, each [C, H, W] of any scale, a line."""
+    height, width = TILE * len(rows), TILE * COLUMNS
+    sheet = Image.new("RGB", (width, height), "white")
+    for y, images in enumerate(rows):
+        for x, values in enumerate(images[:COLUMNS]):
+            sheet.paste(_picture(values), (x * TILE, y * TILE))
+    with replacing(path) as beside:
+        sheet.save(beside, format="PNG")
+
+
+def _picture(values: Array) -> Image.Image:
+    low, high = values.min(), values.max()
+    pixels = ((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8).transpose(1, 2, 0)
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels[:, :, :1]
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
+    return image.resize((TILE - 2, TILE - 2), Image.Resampling.NEAREST)
+
+
+def _section(name: str, section: Section, table: pa.Table, folder: Path) -> Iterator[str]:
+    rows = table.to_pylist()
+    with replacing(folder / f"{name}.csv") as beside, beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table.column_names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _figure(value) for key, value in row.items()} for row in rows)
+    yield f"## {section.title}"
+    yield from ("", section.reads, "")
+    if section.draw:
+        chart = finished(section.draw(rows), section.title, [])
+        save_chart(chart, folder / f"{name}.svg")
+        yield from (f"![{section.title}]({name}.svg)", "")
+    if len(rows) <= SHOWN:
+        yield from _markdown(table.column_names, rows)
+    yield from (f"Table: [{name}.csv]({name}.csv)", "")
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """value, low and high in one column."""
+    kept = [column for column in columns if column not in ("low", "high")]
+    yield "| " + " | ".join("value (95 % interval)" if c == "value" else c.replace("_", " ") for c in kept) + " |"
+    yield "|" + "|".join("---" for _ in kept) + "|"
+    for row in rows:
+        cells = []
+        for column in kept:
+            text = str(_shown(row[column]))
+            if column == "value" and row.get("low") is not None:
+                text += f" ({_shown(row['low'])} to {_shown(row['high'])})"
+            cells.append(text.replace("|", "\\|"))
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _shown(value: Any) -> Any:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _figure(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _lines(
+    rows: list[dict[str, Any]], x: str, colour: str, panels: Sequence[str], title: str, *, log: bool = False,
+    points: bool = True,
+) -> Any:  # fmt: skip
+    """Lines of value over x with their intervals, a panel for each combination of some columns."""
+    data = [{**row, "panel": ", ".join(str(row[name]) for name in panels)} for row in rows]
+    names = list(dict.fromkeys(row[colour] for row in rows))
+    scale = alt.Scale(type="symlog") if log else alt.Scale()
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=alt.X(f"{x}:Q", title=x.replace("_", " "), scale=scale),
+        color=alt.Color(
+            f"{colour}:N", title=None, scale=alt.Scale(domain=names, range=list(COLOURS)), sort=names,
+            legend=alt.Legend(orient="bottom", labelLimit=400),
+        ),
+    )  # fmt: skip
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=title), y2="high:Q")
+    line = base.mark_line(point=points, strokeWidth=1.5).encode(y=y)
+    layer = alt.layer(band, line).properties(width=WIDTH, height=HEIGHT)
+    return layer.facet(alt.Facet("panel:N", title=None, sort=None), columns=3).resolve_scale(y="independent")
+
+
+def _dots(rows: list[dict[str, Any]], label: str, panels: Sequence[str], title: str) -> Any:
+    """A dot with its interval for each label."""
+    data = [{**row, "panel": ", ".join(str(row[name]) for name in panels)} for row in rows]
+    base = alt.Chart(alt.Data(values=data)).encode(
+        y=alt.Y(f"{label}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260))
+    )
+    rule = base.mark_rule(color=COLOURS[0], strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q")
+    dot = base.mark_point(color=COLOURS[0], filled=True, size=50).encode(
+        x=alt.X("value:Q", title=title, scale=alt.Scale(zero=False))
+    )
+    layer = alt.layer(rule, dot).properties(width=WIDTH * 1.3)
+    return layer.facet(alt.Facet("panel:N", title=None, sort=None), columns=2)
+
+
+def _curve(rows: list[dict[str, Any]]) -> Any:
+    return _lines(
+        [{**row, "value": row["risk"]} for row in rows], "coverage", "ordered_by", ["architecture"],
+        "share of wrong answers", points=False,
+    )  # fmt: skip
+
+
+SECTIONS: dict[str, Section] = {
+    "relations_by_depth": Section(
+        "Depth against the other measures",
+        "Each panel is one measure, averaged over the points of one mean depth; bands are 95 % intervals over members.",
+        lambda rows: _lines(rows, "depth", "split", ["architecture", "measure"], "mean"),
+    ),
+    "rank_correlations": Section(
+        "Rank correlations with depth",
+        "Spearman's correlation over points: 1 where the measure rises with depth throughout, -1 where it falls.",
+        lambda rows: _dots(rows, "measure", ["architecture", "split"], "rank correlation with depth"),
+    ),
+    "between_architectures": Section(
+        "Depth in one architecture against depth in another",
+        "Near 1, depth is a property of the point; near 0, of the network.",
+    ),
+    "kinds": Section(
+        "Kinds of difficulty",
+        "Points by how deep they are held out and in training, where deep is beyond the threshold given (by default "
+        "the 75 % quantile). Points that no member holds out, or none was trained on, are unplaced.",
+    ),
+    "kinds_by_layer": Section(
+        "How networks come to each kind",
+        "Share of votes that are the given label, by layer: kinds are worked out at different layers.",
+        lambda rows: _lines(rows, "probe", "kind", ["architecture", "split"], "probe accuracy"),
+    ),
+    "probe_accuracy": Section(
+        "Probe accuracy by layer",
+        "Where votes in training are the given labels more often than held out, the layer memorises; where corrupted "
+        "points are given their clean labels, it generalises.",
+        lambda rows: _lines(
+            [{**row, "what": f"{row['points']}, against {row['against']}"} for row in rows], "probe", "what",
+            ["architecture", "split"], "share of votes",
+        ),
+    ),
+    "probes_by_step": Section(
+        "Probes along training",
+        "A layer has converged where its votes are those that it has at the end of training.",
+        lambda rows: _lines(
+            [{**row, "layer": f"{row['probe']} {row['name']}"} for row in rows], "step", "layer",
+            ["architecture", "measure"], "share of votes", log=True,
+        ),
+    ),
+    "step_of_convergence": Section(
+        "The step at which each probe has converged",
+        "The first step from which on at least 95 % of a probe's votes are those at the last step; to the resolution "
+        "of the steps that were kept.",
+    ),
+    "depth_by_step": Section(
+        "Mean depth along training",
+        "Depth is against the network's own class at that step.",
+        lambda rows: _lines(rows, "step", "split", ["architecture"], "mean depth", log=True),
+    ),
+    "corrupted_labels": Section(
+        "Finding corrupted labels",
+        "Precision where as many points are flagged as are corrupted, and average precision; all from the same "
+        "members.",
+        lambda rows: _dots(rows, "score", ["architecture", "measure"], "share"),
+    ),
+    "early_read_out": Section(
+        "Better accuracy: early read-out",
+        "Each member is read at the layer whose votes are best on its validation points, by the labels given there; "
+        "accuracy is on the untouched part.",
+    ),
+    "trained_again": Section(
+        "Better accuracy: trained again without the points that depth marks",
+        "The same members and seeds, with the marked points dropped, or given the class that members hold out give "
+        "them; accuracy is on the untouched part.",
+    ),
+    "rejection": Section(
+        "Rejecting answers",
+        "Area under the risk-coverage curve (AURC, lower is better) of the ensemble's answers, by what they are "
+        "ordered by, and how much depth takes from it.",
+    ),
+    "risk_coverage": Section(
+        "Risk against coverage",
+        "Share of wrong answers among those that are kept, the most confident first.",
+        _curve,
+    ),
+    "how_many_members": Section(
+        "How many members are enough",
+        "Rank correlation of the mean depths of m members with those of m others.",
+        lambda rows: _lines(rows, "members", "split", ["architecture"], "rank correlation"),
+    ),
+    "probe_accuracy_by_k": Section(
+        "Probe accuracy by the number of neighbours",
+        "Where lines lie together, k does not matter.",
+        lambda rows: _lines(
+            [{**row, "neighbours": f"k = {row['k']}"} for row in rows], "probe", "neighbours",
+            ["architecture", "split"], "probe accuracy",
+        ),
+    ),
+    "depth_by_k": Section("Depth by the number of neighbours", "Beside the run's own k."),
+}  # fmt: skip

@@ -1,0 +1,250 @@
+"""What understanding depth is good for, each beside the plain ensemble on the untouched part of the points.
+
+The untouched part is part test; where a run has none, the odd half of each member's held-out points. Nothing is chosen
+by it: read-outs are chosen on the training part's held-out points by the labels that were given there, and points are
+marked by what the ensemble says of the training part.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from scipy.special import entr
+
+from leadline.knn.arrays import Array
+from leadline.query import Run
+from leadline.store.files import replacing
+from leadline.study.analyses import DRAWS, Material, Row, _number, _rows, _tables, label_depths
+from leadline.study.ensembles import Ensemble, read_ensembles
+from leadline.study.rejection import early_read_out, risk_coverage, votes_from
+from leadline.study.relations import mean_over_members, over_members
+
+COVERAGES = 100  # points of a curve
+
+
+def accuracy(material: Material) -> dict[str, pa.Table]:
+    """Early read-out, and rejection by depth, each beside the plain ensemble."""
+    read_outs: list[Row] = []
+    rejections: list[Row] = []
+    curves: list[Row] = []
+    for ensemble in material.ensembles:
+        read_outs += _read_outs(ensemble)
+        areas, curve = _rejection(ensemble, material)
+        rejections += areas
+        curves += curve
+    return _tables({"early_read_out": read_outs, "rejection": rejections, "risk_coverage": curves})
+
+
+def untouched(ensemble: Ensemble) -> Array:
+    """bool [N], the points that only measure."""
+    if ensemble.in_test.any():
+        return ensemble.in_test
+    return np.arange(len(ensemble.labels)) % 2 == 1
+
+
+def clean_labels(ensemble: Ensemble) -> Array:
+    """int [N], as they were before any corruption."""
+    return np.asarray(ensemble.labels if ensemble.clean_labels is None else ensemble.clean_labels)
+
+
+def _read_outs(ensemble: Ensemble) -> list[Row]:
+    """Each member read at the layer that is best on its validation points, and the vote of members so read."""
+    last, names, answers, plain, chosen = untouched(ensemble), [], [], [], []
+    for number, member in enumerate(ensemble.members):
+        held_out = ensemble.held_out[number]
+        validation = held_out & ~last
+        votes = ensemble.winners(member)
+        if (votes[held_out] < 0).any() or not validation.any() or not (held_out & last).any():
+            return []  # with until-decided not all votes are there; without validation points there is no choice
+        said = ensemble.prediction[number]
+        # Validation has the labels that were given; what only measures, the clean ones.
+        labels = np.where(validation, ensemble.labels, clean_labels(ensemble))[held_out]
+        ways = early_read_out(votes[held_out], said[held_out], labels, validation[held_out])
+        names.append(ways.names[ways.best])
+        plain.append(float(ways.on_others[0]))
+        chosen.append(float(ways.on_others[ways.best]))
+        answers.append(_read(votes, said, ways.best))
+    row = {"architecture": ensemble.architecture}
+    gain = np.subtract(chosen, plain)
+    measured = last & ensemble.held_out.any(axis=0)
+    of_ensembles = _majorities(ensemble, [ensemble.prediction, np.stack(answers)], clean_labels(ensemble), measured)
+    told = {
+        "members, plain": _rows(mean_over_members(np.array(plain), draws=DRAWS))[0],
+        "members, early read-out": _rows(mean_over_members(np.array(chosen), draws=DRAWS))[0],
+        "members, gain": _rows(mean_over_members(gain, draws=DRAWS))[0],
+        "ensemble, plain": of_ensembles[0],
+        "ensemble, early read-out": of_ensembles[1],
+        "ensemble, gain": of_ensembles[2],
+    }
+    counted = ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
+    return [{**row, "what": what, **one, "chosen": counted} for what, one in told.items()]
+
+
+def _read(votes: Array, said: Array, way: int) -> Array:
+    """The answer of a way of `early_read_out`, int [N]."""
+    n_probes = votes.shape[1]
+    if way == 0:
+        return said
+    if way <= n_probes:
+        return np.asarray(votes[:, way - 1])
+    return np.asarray(votes_from(votes)[:, way - 1 - n_probes])
+
+
+def _majorities(ensemble: Ensemble, answers: Sequence[Array], labels: Array, where: Array) -> list[Row]:
+    """Accuracy of the vote of members by each of two sets of answers [M, N], and what the second gains."""
+    counts = [_one_hot(ensemble, some, where) for some in answers]
+
+    def found(times: Array) -> Array:
+        votes = [np.tensordot(times, one, 1) for one in counts]
+        there = votes[0].any(axis=1)  # the members of a draw may all be trained on a point
+        plain, other = ((one.argmax(axis=1) == labels[where])[there].mean() for one in votes)
+        return np.array([plain, other, other - plain])
+
+    values = over_members(found, len(ensemble.members), draws=DRAWS)
+    return [_estimate(values, place, int(where.sum())) for place in range(3)]
+
+
+def _one_hot(ensemble: Ensemble, answers: Array, where: Array) -> Array:
+    """int8 [M, n, C], what members that hold the points out answer."""
+    ids = np.flatnonzero(where)
+    votes = np.zeros((len(answers), len(ids), len(ensemble.class_names)), np.int8)
+    for member, (said, out) in enumerate(zip(answers[:, ids], ensemble.held_out[:, ids], strict=True)):
+        votes[member, np.flatnonzero(out), said[out]] = 1
+    return votes
+
+
+def _rejection(ensemble: Ensemble, material: Material) -> tuple[list[Row], list[Row]]:
+    """Areas under the risk-coverage curve (AURC) of the ensemble's answers, by what they are ordered by; the curves."""
+    ids = np.flatnonzero(untouched(ensemble) & ensemble.held_out.any(axis=0))
+    if not len(ids):
+        return [], []
+    out = ensemble.held_out[:, ids].astype(np.float64)
+    shares = np.stack([material.networks.answers(m).softmax[ids].astype(np.float64) for m in ensemble.members])
+    depths, labels = ensemble.depth[:, ids].astype(np.float64), clean_labels(ensemble)[ids]
+    names = ("softmax confidence", "ensemble entropy", "depth held out")
+
+    def orders(times: Array) -> tuple[Array, list[Array]]:
+        """Whether the ensemble of these members is right, and confidences in its answers."""
+        weights = times[:, None] * out
+        with np.errstate(invalid="ignore"):  # points that none of these members holds out are left out, as NaN
+            mean = np.einsum("mn,mnc->nc", weights, shares) / weights.sum(axis=0)[:, None]
+            depth = (weights * depths).sum(axis=0) / weights.sum(axis=0)
+        return mean.argmax(axis=1) == labels, [mean.max(axis=1), -entr(mean).sum(axis=1), -depth]
+
+    def found(times: Array) -> Array:
+        right, confidences = orders(times)
+        areas = [risk_coverage(confidence, right).area for confidence in confidences]
+        return np.array([*areas, areas[2] - areas[0], areas[2] - areas[1]])
+
+    values = over_members(found, len(ensemble.members), draws=DRAWS)
+    told = (*names, "depth less confidence", "depth less entropy")
+    row = {"architecture": ensemble.architecture}
+    areas = [{**row, "ordered_by": name, **_estimate(values, place, len(ids))} for place, name in enumerate(told)]
+    right, confidences = orders(np.ones(len(ensemble.members), np.int64))
+    curves = []
+    for name, confidence in zip(names, confidences, strict=True):
+        curve = risk_coverage(confidence, right)
+        for place in np.unique(np.linspace(0, len(ids) - 1, COVERAGES).round().astype(int)):
+            curves.append(
+                {**row, "ordered_by": name, "coverage": float(curve.coverage[place]), "risk": float(curve.risk[place])}
+            )
+    return areas, curves
+
+
+def marks(ensemble: Ensemble) -> Array | None:
+    """bool [N], training points whose labels depth doubts: those that are deepest against them in training.
+
+    That is the mean over members of the depth that the given label has in the network's place (`label_depths`). So
+    many as the ensemble's answers to held-out points of part train are other than the given labels (the sum over
+    points of the share of such members, rounded): an estimate that needs no clean label, of corrupted labels and of
+    the network's own mistakes together. Ours. None where not all votes were computed.
+    """
+    inside, depths = ensemble.in_training, label_depths(ensemble)
+    if depths is None:
+        return None
+    with np.errstate(invalid="ignore"):
+        training = (depths * inside).sum(axis=0) / inside.sum(axis=0)
+    train = ~ensemble.in_test & ~np.isnan(training)
+    wrong = (ensemble.prediction != ensemble.labels) & ensemble.held_out & ~ensemble.in_test
+    out = ensemble.held_out & ~ensemble.in_test
+    count = round(float(wrong.sum() / max(out.sum(), 1)) * train.sum())
+    order = np.flatnonzero(train)
+    order = order[np.argsort(-training[order], kind="stable")]
+    chosen = np.zeros(len(ensemble.labels), bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def write_again(ensemble: Ensemble, folder: Path) -> list[Path]:
+    """Configurations that train again without the points that depth marks, and with the class that members held out
+    give them; with the ids and labels that they need. Returns their files: drop.yaml and relabel.yaml; none where
+    nothing can be marked.
+
+    Members and seeds stay those of the run, and all points of a member's split but the marked ones.
+    """
+    marked = marks(ensemble)
+    if marked is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, member in enumerate(ensemble.members):
+        _save(folder / f"keep-{member.rpartition('-')[2]}.npy", np.flatnonzero(ensemble.in_training[number] & ~marked))
+    relabel = np.where(marked & (ensemble.consensus >= 0), ensemble.consensus, -1)
+    _save(folder / "relabel.npy", relabel)
+    labels_file = str(folder.absolute() / "relabel.npy")
+    config = dict(ensemble.run.manifest["configuration"])
+    entry = ensemble.entry.model_dump(mode="json", exclude={"at_steps", "checkpoint"})
+    split = {"kind": "file", "path": str(folder.absolute() / "keep-{seed}.npy")}
+    ways = {
+        "drop": {**config, "members": [{**entry, "split": split}]},
+        "relabel": {**config, "members": [entry], "points": {**config["points"], "relabel": labels_file}},
+    }
+    written = []
+    for name, tree in ways.items():
+        place = folder / f"{name}.yaml"
+        with replacing(place) as beside:
+            beside.write_text(yaml.safe_dump({**tree, "name": f"{config['name']}-{name}"}, sort_keys=False))
+        written.append(place)
+    return written
+
+
+def _save(path: Path, values: Array) -> None:
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.save(file, values)
+
+
+def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
+    """Accuracy on the untouched part of runs that were trained again, beside the run's; by member and as ensembles.
+
+    Members are paired by their seeds.
+    """
+    rows: list[Row] = []
+    for run in others:
+        for other in read_ensembles(run):
+            for ensemble in material.ensembles:
+                if ensemble.architecture == other.architecture and len(ensemble.members) == len(other.members):
+                    row = {"architecture": ensemble.architecture, "run": run.manifest["name"]}
+                    rows += [{**row, **one} for one in _compared(ensemble, other)]
+    return _tables({"trained_again": rows})
+
+
+def _compared(ensemble: Ensemble, other: Ensemble) -> list[Row]:
+    clean = clean_labels(ensemble)
+    where = untouched(ensemble) & ensemble.held_out.all(axis=0) & other.held_out.all(axis=0)
+    if not where.any():
+        return []
+    plain, trained = ((one.prediction[:, where] == clean[where]).mean(axis=1) for one in (ensemble, other))
+    of_members = {
+        "members, plain": plain, "members, trained again": trained, "members, gain": trained - plain,
+    }  # fmt: skip
+    both = _majorities(ensemble, [ensemble.prediction, other.prediction], clean, where)
+    told = {name: _rows(mean_over_members(values, draws=DRAWS))[0] for name, values in of_members.items()}
+    told |= dict(zip(("ensemble, plain", "ensemble, trained again", "ensemble, gain"), both, strict=True))
+    return [{"what": what, **one} for what, one in told.items()]
+
+
+def _estimate(values: tuple[Any, ...], place: int, n: int) -> Row:
+    value, low, high = (_number(one[place]) for one in values)
+    return {"value": value, "low": low, "high": high, "n": n}

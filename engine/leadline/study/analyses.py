@@ -1,0 +1,402 @@
+"""The paper's claims as tables, made from a run: each analysis gives tables of estimates with their intervals.
+
+Every estimate is a row with `value`, `low`, `high` (of 95 %, over members, see `relations`; null for one member) and
+`n`, the number of points or of members that it is from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from leadline.depth import depth_from_votes
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array
+from leadline.study.detection import detect
+from leadline.study.ensembles import Ensemble, masked
+from leadline.study.kinds import KINDS, kinds, probe_accuracy, thresholds
+from leadline.study.networks import Networks
+from leadline.study.relations import (
+    Estimate,
+    binned_means,
+    mean_over_members,
+    over_members,
+    rank_correlation,
+    rank_correlation_between,
+    stability,
+)
+
+DRAWS = 200  # of members, for an interval
+SPLITS = ("held out", "training")
+KS = (10, 30, 100)
+ASKED_AGAIN = 3  # members of an architecture that are searched by other numbers of neighbours
+CONVERGED = 0.95  # share of a probe's last agreement or accuracy from which on it counts as converged
+SHARES = ("accuracy", "consensus-consistency", "confidence", "mean label probability")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What analyses are made of: the ensembles of a run, those of checkpoints of trainings, and the networks."""
+
+    ensembles: Sequence[Ensemble]
+    checkpoints: Sequence[Ensemble]
+    networks: Networks
+
+
+def relations(material: Material) -> dict[str, pa.Table]:
+    """Depth, in training and held out, against the other measures: means by depth, and rank correlations.
+
+    Accuracy and consensus-consistency are of the members that hold a point out; the others of those that the depth is
+    of. Between architectures: is depth a property of the point?
+    """
+    means: list[Row] = []
+    correlations: list[Row] = []
+    for ensemble in material.ensembles:
+        for split in SPLITS:
+            depth = ensemble.depths(split)
+            for measure, values in _measures(ensemble, material.networks, split):
+                row = {"architecture": ensemble.architecture, "split": split, "measure": measure}
+                edges = np.arange(ensemble.n_probes + 2) - 0.5
+                found = binned_means(depth, values, edges, draws=DRAWS)
+                means += [
+                    {**row, "depth": bin_, **one}
+                    for bin_, one in enumerate(_rows(found, measure in SHARES))
+                    if one["n"]
+                ]
+                if not np.isfinite(values[~np.isnan(values)]).all():
+                    values = np.where(np.isinf(values), np.finfo(np.float64).max, values)  # ranks need no more
+                correlations += [{**row, **one} for one in _rows(rank_correlation(depth, values, draws=DRAWS))]
+    between = [
+        {"architecture": one.architecture, "other": other.architecture, "split": split, **row}
+        for one, other in combinations(material.ensembles, 2)
+        for split in SPLITS
+        for row in _rows(rank_correlation_between(one.depths(split), other.depths(split), draws=DRAWS))
+    ]
+    tables = {"relations_by_depth": means, "rank_correlations": correlations, "between_architectures": between}
+    return _tables(tables)
+
+
+def _measures(ensemble: Ensemble, networks: Networks, split: str) -> Iterator[tuple[str, Array]]:
+    held_out, where = ensemble.held_out, ensemble.of(split)
+    yield "accuracy", masked(ensemble.prediction == ensemble.labels, held_out)
+    yield "consensus-consistency", masked(ensemble.prediction == ensemble.consensus, held_out)
+    yield "confidence", masked(ensemble.confidence, where)
+    yield "entropy", masked(ensemble.entropy, where)
+    yield "output margin", masked(ensemble.margin, where)
+    margins = np.stack([networks.answers(member).input_margin for member in ensemble.members])
+    yield "adversarial input margin", masked(margins, where)
+    for name, values in ensemble.learning.items():
+        yield name.replace("_", " "), masked(values, where)
+
+
+def difficulty(material: Material) -> dict[str, pa.Table]:
+    """The plane of mean depths held out and in training, its corners, and how probes come to the points of each."""
+    counts: list[Row] = []
+    layers: list[Row] = []
+    for ensemble in material.ensembles:
+        kind, beyond = kinds_of(ensemble)
+        row = {"architecture": ensemble.architecture}
+        for number, name in enumerate(KINDS):
+            of_kind = kind == number
+            counts.append(
+                {
+                    **row, "kind": name, "n": int(of_kind.sum()), "held_out_beyond": beyond[0],
+                    "training_beyond": beyond[1], "n_unplaced": int((kind < 0).sum()),
+                    "accuracy_held_out": _share(ensemble, of_kind, ensemble.labels),
+                    "corrupted_share": float(ensemble.corrupted[of_kind].mean()) if of_kind.any() else None,
+                }
+            )  # fmt: skip
+        found = [
+            probe_accuracy(ensemble.winners(member), ensemble.labels, inside, kind)
+            for member, inside in zip(ensemble.members, ensemble.in_training, strict=True)
+        ]
+        for split in SPLITS:
+            shares = np.stack([getattr(one, split.replace(" ", "_")) for one in found])
+            estimate = mean_over_members(shares, draws=DRAWS)
+            for number, name in enumerate(KINDS):
+                of_kind_rows = _rows(_at(estimate, number), is_share=True)
+                layers += _by_probe({**row, "kind": name, "split": split}, ensemble, of_kind_rows)
+    return _tables({"kinds": counts, "kinds_by_layer": layers})
+
+
+def kinds_of(ensemble: Ensemble) -> tuple[Array, tuple[float, float]]:
+    """The kind of each point, int8 [N] (see `kinds`), by the default thresholds; and these, held out and training."""
+    held_out, training = mean_depths(ensemble)
+    beyond = thresholds(held_out, training)
+    return kinds(held_out, training, beyond), beyond
+
+
+def typical(ensemble: Ensemble, kind: Array, n: int) -> list[Array]:
+    """Ids of up to n points of each kind that are farthest into their corner, int64 each.
+
+    By the sum of both mean depths, a low one counting as what it lacks to the largest; ties by lower id. Ours.
+    """
+    held_out, training = mean_depths(ensemble)
+    found = []
+    for number in range(len(KINDS)):
+        far = (held_out if number >= 2 else -held_out) + (training if number % 2 else -training)
+        ids = np.flatnonzero(kind == number)
+        found.append(ids[np.argsort(-far[ids], kind="stable")][:n])
+    return found
+
+
+def mean_depths(ensemble: Ensemble) -> tuple[Array, Array]:
+    """Mean depth of each point, float64 [N]: held out, and in training; NaN where no member says it."""
+    with np.errstate(invalid="ignore"):
+        held_out, training = (
+            (ensemble.depth * where).sum(axis=0) / where.sum(axis=0)
+            for where in (ensemble.held_out, ensemble.in_training)
+        )
+    return held_out, training
+
+
+def layers(material: Material) -> dict[str, pa.Table]:
+    """Probe accuracy by layer against given and clean labels: where networks generalise, and where they memorise."""
+    rows: list[Row] = []
+    for ensemble in material.ensembles:
+        clean = ensemble.labels if ensemble.clean_labels is None else ensemble.clean_labels
+        references = {"given label": ensemble.labels}
+        if ensemble.corrupted.any():
+            references["clean label"] = clean
+        groups = {"label uncorrupted": ~ensemble.corrupted, "label corrupted": ensemble.corrupted}
+        found: dict[tuple[str, ...], list[Array]] = {}
+        for number, member in enumerate(ensemble.members):
+            votes = ensemble.winners(member)
+            for split in SPLITS:
+                for group, chosen in groups.items():
+                    here = chosen & ensemble.of(split)[number]
+                    for against, labels in references.items() if here.any() else ():
+                        right = np.where(votes[here] >= 0, votes[here] == labels[here, None], np.nan)
+                        found.setdefault((split, group, against), []).append(right.mean(axis=0))
+        for (split, group, against), shares in found.items():
+            row = {"architecture": ensemble.architecture, "split": split, "points": group, "against": against}
+            rows += _by_probe(row, ensemble, _rows(mean_over_members(np.stack(shares), draws=DRAWS), is_share=True))
+    return _tables({"probe_accuracy": rows})
+
+
+def convergence(material: Material) -> dict[str, pa.Table]:
+    """How probes and depths come to what they are, along training: from the entries that `at_steps` added.
+
+    agreement: the share of points whose vote at a step is that at the last step. A probe has converged at the first
+    step from which on its agreement is never below CONVERGED (0.95, ours); the last step always agrees with itself.
+    """
+    if not material.checkpoints:
+        return {}
+    by_step: list[Row] = []
+    depths: list[Row] = []
+    converged: list[Row] = []
+    for final in material.ensembles:
+        passed = [one for one in material.checkpoints if _of(one) == final.architecture]
+        passed.sort(key=_step)
+        if not passed:
+            continue
+        n_steps = final.run.sql(f"SELECT max(training_steps) AS n FROM members WHERE member = '{final.members[0]}'")[
+            "n"
+        ][0].as_py()
+        series = [*((_step(one), one) for one in passed), (int(n_steps or _step(passed[-1]) + 1), final)]
+        last = [final.winners(member) for member in final.members]
+        agreements = []
+        for step, one in series:
+            row = {"architecture": final.architecture, "step": step}
+            agree, accuracy = [], []
+            for number, member in enumerate(one.members):
+                votes = one.winners(member)
+                agree.append((votes == last[number]).mean(axis=0))
+                held_out = one.held_out[number]
+                accuracy.append((votes[held_out] == one.labels[held_out, None]).mean(axis=0))
+            agreements.append(np.stack(agree))
+            for what, values in (("agreement with the last step", agree), ("accuracy held out", accuracy)):
+                estimate = _rows(mean_over_members(np.stack(values), draws=DRAWS), is_share=True)
+                by_step += _by_probe({**row, "measure": what}, final, estimate)
+            for split in SPLITS:
+                mean = mean_over_members(np.nanmean(one.depths(split), axis=1), draws=DRAWS)
+                depths += [{**row, "split": split, **found} for found in _rows(mean)]
+        reached = np.stack([_converged(series, np.stack(agreements)[:, member]) for member in range(len(last))])
+        estimate = _rows(mean_over_members(reached, draws=DRAWS))
+        converged += _by_probe({"architecture": final.architecture}, final, estimate)
+    return _tables({"probes_by_step": by_step, "depth_by_step": depths, "step_of_convergence": converged})
+
+
+def _of(ensemble: Ensemble) -> str | None:
+    return ensemble.entry.checkpoint.of if ensemble.entry.checkpoint else None
+
+
+def _step(ensemble: Ensemble) -> int:
+    assert ensemble.entry.checkpoint is not None
+    return ensemble.entry.checkpoint.step
+
+
+def _converged(series: Sequence[tuple[int, Ensemble]], agreement: Array) -> Array:
+    """The step from which on each probe's agreement, [steps, P], is never below CONVERGED; float64 [P]."""
+    steps = np.array([step for step, _ in series], np.float64)
+    below = agreement < CONVERGED
+    first = np.where(below.any(axis=0), len(steps) - below[::-1].argmax(axis=0), 0)
+    return np.asarray(steps[first])
+
+
+def corruption(material: Material) -> dict[str, pa.Table]:
+    """How well scores find the training points whose labels were corrupted; nothing where none were.
+
+    Depth in training, which is against the network's own class, and so is low where a network has not learned a
+    corrupted label; the same against the given label; 1 - self-confidence held out, p of the given label, as cleanlab
+    ranks label issues (Northcutt, Jiang, Chuang, "Confident learning", JAIR 2021); and, where training was watched,
+    -aum, forgetting events, el2n and -mean label probability in training. Means over members, so far as each says
+    something of a point; points of part train that have all scores.
+    """
+    rows: list[Row] = []
+    for ensemble in material.ensembles:
+        if not ensemble.corrupted.any():
+            continue
+        scores = dict(_suspicions(ensemble, material.networks))
+        known = ~ensemble.in_test & np.logical_and.reduce([(~np.isnan(s)).any(axis=0) for s in scores.values()])
+        for name, score in scores.items():
+            score, wrong = score[:, known], ensemble.corrupted[known]
+            filled, there = np.nan_to_num(score), (~np.isnan(score)).astype(np.float64)
+
+            def found(times: Array, filled: Array = filled, there: Array = there, wrong: Array = wrong) -> Array:
+                with np.errstate(invalid="ignore"):
+                    means = times @ filled / (times @ there)
+                detection = detect(means, wrong)
+                return np.array([detection.precision, detection.average_precision])
+
+            values = over_members(found, len(score), draws=DRAWS)
+            for place, measure in enumerate(("precision = recall", "average precision")):
+                value, low, high = (_number(one[place]) for one in values)
+                row = {"architecture": ensemble.architecture, "score": name, "measure": measure}
+                rows.append({**row, "value": value, "low": low, "high": high, "n": len(wrong)})
+    return _tables({"corrupted_labels": rows})
+
+
+def _suspicions(ensemble: Ensemble, networks: Networks) -> Iterator[tuple[str, Array]]:
+    """High where a label is suspect; float64 [M, N]."""
+    inside, held_out = ensemble.in_training, ensemble.held_out
+    every = np.arange(len(ensemble.labels))
+    confidence = [networks.answers(member).softmax[every, ensemble.labels] for member in ensemble.members]
+    if (depths := label_depths(ensemble)) is not None:
+        yield "depth in training, against the given label", masked(depths, inside)
+    yield "depth in training", masked(ensemble.depth, inside)
+    yield "1 - self-confidence (cleanlab)", masked(1 - np.stack(confidence), held_out)
+    of_training = {"aum": -1, "forgetting_events": 1, "el2n": 1, "mean_label_probability": -1}
+    for name, sign in of_training.items() if ensemble.learning else ():
+        yield f"{'- ' if sign < 0 else ''}{name.replace('_', ' ')}", masked(sign * ensemble.learning[name], inside)
+
+
+def label_depths(ensemble: Ensemble) -> Array | None:
+    """Depth against the given label in the place of the network's own class, int16 [M, N]: P where it never settles.
+
+    An option beside the paper's definition. None where not all votes were computed: those that decide the network's
+    own class need not decide this.
+    """
+    depths = []
+    for member in ensemble.members:
+        votes = ensemble.winners(member)
+        if (votes < 0).any():
+            return None
+        depths.append(depth_from_votes(votes, ensemble.labels))
+    return np.stack(depths)
+
+
+def members(material: Material) -> dict[str, pa.Table]:
+    """How many members are enough: rank correlation of mean depths over m members with those over m others."""
+    rows: list[Row] = []
+    for ensemble in material.ensembles:
+        most = len(ensemble.members) // 2
+        sizes = [m for m in (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 125) if m <= most]
+        for split in SPLITS if sizes else ():
+            found = stability(ensemble.depths(split), sizes, draws=50)
+            row = {"architecture": ensemble.architecture, "split": split}
+            rows += [{**row, "members": m, **one} for m, one in zip(sizes, _rows(found), strict=True)]
+    return _tables({"how_many_members": rows})
+
+
+def neighbours(material: Material) -> dict[str, pa.Table]:
+    """Depths and probe accuracies by other numbers of neighbours, from one search of the first members' layers."""
+    by_layer: list[Row] = []
+    depths: list[Row] = []
+    for ensemble in material.ensembles:
+        asked = list(range(min(ASKED_AGAIN, len(ensemble.members))))
+        smallest = int(ensemble.in_training[asked].sum(axis=1).min()) - 1
+        ks = sorted({*(k for k in KS if k <= smallest)})
+        if not ks:
+            continue
+        found = [material.networks.depth_winners(ensemble.members[number], ks) for number in asked]
+        for split in SPLITS:
+            where = ensemble.of(split)[asked]
+            for k in ks:
+                row = {"architecture": ensemble.architecture, "split": split, "k": k}
+                right = np.stack(
+                    [
+                        (votes[k] == ensemble.labels[:, None])[here].mean(axis=0) if here.any() else _none(votes[k])
+                        for votes, here in zip(found, where, strict=True)
+                    ]
+                )
+                by_layer += _by_probe(row, ensemble, _rows(mean_over_members(right, draws=DRAWS), is_share=True))
+                depth = masked(_depths(found, k, ensemble, asked), where)
+                usual = masked(ensemble.depth[asked], where)
+                mean = mean_over_members(np.nanmean(depth, axis=1), draws=DRAWS)
+                same = rank_correlation(depth, usual, draws=DRAWS)
+                for measure, estimate in (("mean depth", mean), ("rank correlation with the run's", same)):
+                    depths += [{**row, "measure": measure, **one} for one in _rows(estimate)]
+    return _tables({"probe_accuracy_by_k": by_layer, "depth_by_k": depths})
+
+
+def _depths(found: Sequence[Mapping[int, Array]], k: int, ensemble: Ensemble, asked: Sequence[int]) -> Array:
+    pairs = zip(found, asked, strict=True)
+    return np.stack([depth_from_votes(votes[k], ensemble.prediction[number]) for votes, number in pairs])
+
+
+def _none(votes: Array) -> Array:
+    return np.full(votes.shape[1], np.nan)
+
+
+def _share(ensemble: Ensemble, chosen: Array, labels: Array) -> float | None:
+    where = ensemble.held_out & chosen
+    return float((ensemble.prediction == labels)[where].mean()) if where.any() else None
+
+
+def _at(estimate: Estimate, place: int) -> Estimate:
+    """One row of an estimate's arrays."""
+    return Estimate(*(getattr(estimate, name)[place] for name in ("value", "low", "high", "n_points", "n_left_out")))
+
+
+def _rows(estimate: Estimate, is_share: bool = False) -> list[Row]:
+    """value, low, high and n of each of an estimate's statistics; NaN as None. Intervals of shares end at 0 and 1."""
+    value, low, high = (np.atleast_1d(array) for array in (estimate.value, estimate.low, estimate.high))
+    if is_share:
+        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    n = np.broadcast_to(estimate.n_points, value.shape)
+    return [
+        {"value": _number(v), "low": _number(lo), "high": _number(hi), "n": int(count)}
+        for v, lo, hi, count in zip(value, low, high, n, strict=True)
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _by_probe(row: Row, ensemble: Ensemble, rows: Sequence[Row]) -> list[Row]:
+    return [{**row, "probe": p, "name": ensemble.probes[p], **one} for p, one in enumerate(rows)]
+
+
+def _tables(rows: Mapping[str, Sequence[Row]]) -> dict[str, pa.Table]:
+    """Those that have a row."""
+    return {name: pa.Table.from_pylist(list(some)) for name, some in rows.items() if some}
+
+
+ANALYSES: dict[str, Callable[[Material], dict[str, pa.Table]]] = {
+    "relations": relations, "kinds": difficulty, "layers": layers, "convergence": convergence,
+    "corruption": corruption, "members": members, "neighbours": neighbours,
+}  # fmt: skip
+
+
+def material_of(ensembles: Sequence[Ensemble], networks: Networks) -> Material:
+    """Raises LeadlineError where a run has nothing but checkpoints."""
+    final = [one for one in ensembles if one.entry.checkpoint is None]
+    if not final:
+        raise LeadlineError("members: all are checkpoints; give the networks at the end of their training too")
+    return Material(final, [one for one in ensembles if one.entry.checkpoint is not None], networks)
