@@ -196,6 +196,7 @@ def write_again(ensemble: Ensemble, folder: Path) -> list[Path]:
     labels_file = str(folder.absolute() / "relabel.npy")
     config = dict(ensemble.run.manifest["configuration"])
     entry = ensemble.entry.model_dump(mode="json", exclude={"at_steps", "checkpoint"})
+    entry["probes"] = []  # input and softmax alone: accuracies are all that is compared
     split = {"kind": "file", "path": str(folder.absolute() / "keep-{seed}.npy")}
     ways = {
         "drop": {**config, "members": [{**entry, "split": split}]},
