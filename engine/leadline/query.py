@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -14,6 +13,9 @@ from leadline.errors import LeadlineError, one_line
 from leadline.new_points import KeptMember, as_rows
 from leadline.store import TABLES, RunDirectory
 from leadline.store.places import for_arrow, place_of
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 class Run:
@@ -57,6 +59,8 @@ class Run:
 
         Raises LeadlineError for anything but one SELECT, for SQL that DuckDB refuses, and for damaged tables.
         """
+        import duckdb  # it complains when a process that asks nothing, but had Ray, ends
+
         with duckdb.connect() as connection:
             try:
                 statements = connection.extract_statements(query)
@@ -99,7 +103,7 @@ class Run:
         rows = [as_rows(values, f"embeddings[{i}]") for i, values in enumerate(embeddings)]
         return kept.depths([values.reshape(len(values), -1) for values in rows], np.asarray(predictions))
 
-    def _offer(self, name: str, connection: duckdb.DuckDBPyConnection) -> None:
+    def _offer(self, name: str, connection: "duckdb.DuckDBPyConnection") -> None:
         """Let SQL know a table by its name.
 
         What lies in an object store is read by Arrow, only what a query needs of it: DuckDB's own way there is an
