@@ -7,6 +7,7 @@ Writes benchmarks/results/memory-PROCESSOR.json.
 """
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ import leadline
 from leadline.report.status import status_of
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "ray")
-IMAGES, SIDE, CHANNELS, LAYERS = 10_000, 32, 64, 4  # widths of 64 x 32 x 32 values
+IMAGES, SIDE, CHANNELS, LAYERS = 5_000, 32, 64, 8  # widths of 64 x 32 x 32 values
 
 
 def write_images(folder: Path) -> None:
@@ -74,7 +75,7 @@ def main(
         "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))\n"
     )
     os.environ["PYTHONPATH"] = f"{out.absolute()}:{os.environ.get('PYTHONPATH', '')}"
-    __import__("sys").path.insert(0, str(out.absolute()))
+    sys.path.insert(0, str(out.absolute()))
     config = {
         "name": "wide",
         "points": {"source": "image-folder", "train": str(out / "images"), "resize": SIDE, "crop": SIDE},

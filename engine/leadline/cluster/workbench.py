@@ -1,5 +1,6 @@
 """What the units of a run find at hand: its points, what earlier units have left, networks and searches made ready."""
 
+import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from leadline.members.weights import load_weights, weights_fingerprint
 from leadline.points import open_points
 from leadline.store import RunDirectory
 from leadline.store.files import digest, fetched, read_json
+
+
+COLLECTED = 64 << 20  # bytes of a search from which on it is worth a look at all objects to have them back
 
 
 class Workbench:
@@ -146,7 +150,12 @@ class Workbench:
 
     def drop_search(self) -> None:
         """Before another is made ready: two of them are never in memory together."""
+        if self._ready is None:
+            return
+        n_bytes = self._ready[1].size_bytes
         self._ready = None
+        if n_bytes > COLLECTED:
+            gc.collect()  # where loops were compiled for it, what that left behind still holds it
 
     def bank(self, rows: Rows) -> Bank:
         """Rows made ready for exact search."""

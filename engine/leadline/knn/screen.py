@@ -414,5 +414,12 @@ def distances(centres: torch.Tensor, points: torch.Tensor, scale: float) -> tupl
 
 
 def _distances(centres: Array, points: Array, scale: float) -> tuple[Array, Array]:
-    found, lengths = distances(torch.from_numpy(centres), torch.from_numpy(points), scale)
-    return found.numpy(), lengths.numpy()
+    """As `distances`; of wide points a few at a time, since they are made float64."""
+    n, width = points.shape
+    found, lengths = np.empty((len(centres), n)), np.empty(n)
+    step = max(1, SAMPLE_BYTES // (16 * width))
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        of_part, its_lengths = distances(torch.from_numpy(centres), torch.from_numpy(points[part]), scale)
+        found[:, part], lengths[part] = of_part.numpy(), its_lengths.numpy()
+    return found, lengths
