@@ -118,7 +118,11 @@ def timeline(
 def query(
     run: RunPath,
     sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="one SELECT; tables: points members probes ensemble depths votes")
+        str,
+        typer.Argument(
+            metavar="SQL",
+            help="one SELECT; tables: points members probes ensemble depths votes learning",
+        ),
     ],
     output: Annotated[
         Format, typer.Option("--format", help="parquet goes to standard output too: redirect it")

@@ -125,6 +125,13 @@ class FileSplit(Section):
 SplitConfig = Annotated[RandomSplit | PartSplit | FileSplit, Field(discriminator="kind")]
 
 
+class Learning(Section):
+    """Checkpoints of a training, besides the initialisation and the last step, which always are some."""
+
+    per_decade: int = Field(default=8, ge=1, description="from step 1 on, equally spaced by the logarithm of the step")
+    per_epoch: int = Field(default=1, ge=0, description="equally spaced in each epoch of the member's own split")
+
+
 class Training(Section):
     """SGD as in the paper's appendix (PAPER.md): momentum 0.9, learning rate 0.04 times 0.2 at fixed steps."""
 
@@ -138,6 +145,9 @@ class Training(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the training products; auto: bfloat16 where the hardware multiplies it natively"
+    )
+    learning: Learning | None = Field(
+        default=None, description="all points are run through the network at its checkpoints: the table `learning`"
     )
 
 

@@ -54,6 +54,11 @@ class Run:
         """With a column `member`, which is the name of the file's folder."""
         return self._dataset("votes")
 
+    @cached_property
+    def learning(self) -> ds.Dataset:
+        """Of the members whose training was watched or logged, with a column `member` as depths have it."""
+        return self._dataset("learning")
+
     def sql(self, query: str) -> pa.Table:
         """The answer to one SELECT over the tables, by their names (DuckDB's SQL). Nothing else can be read or written.
 
@@ -69,7 +74,7 @@ class Run:
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise LeadlineError("query: runs are read-only; give one SELECT statement")
             for name in TABLES:
-                if self.directory.table(name).exists():
+                if self.directory.has_table(name):
                     self._offer(name, connection)
             if isinstance(self.directory.root, Path):
                 connection.execute(f"SET allowed_directories = [{_quoted(str(self.directory.root) + '/')}]")
@@ -125,7 +130,12 @@ class Run:
 
     def _dataset(self, name: str, schema: pa.Schema | None = None) -> ds.Dataset:
         """schema: to read it as; by default that of its first file."""
-        if not self.directory.table(name).exists():
+        if not self.directory.has_table(name):
+            if name == "learning" and self.manifest.get("status") == "complete":
+                raise LeadlineError(
+                    f"{self.directory.root}: has no table learning, no training in it was watched; give members "
+                    "training.learning in a new run, or leadline import the log of a training elsewhere"
+                )
             raise LeadlineError(
                 f"{self.directory.root}: has no table {name} yet, the run is {self.manifest.get('status')}; "
                 "finish it with the command that began it"

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from leadline.config import Corruption, Digits, NpyPoints, RandomSplit, Training
+from leadline.config import Corruption, Digits, Learning, NpyPoints, RandomSplit, Training
 from leadline.errors import LeadlineError
 from leadline.members import train as train_module
 from leadline.members.architectures import build
 from leadline.members.splits import training_ids
-from leadline.members.train import resolve_precision, train
+from leadline.members.train import checkpoint_steps, resolve_precision, steps_per_epoch, train
 from leadline.members.weights import weights_fingerprint
 from leadline.points import open_points
 
@@ -162,10 +162,66 @@ def test_precision(digits, ids):
     assert fingerprints["float32"] != fingerprints["bfloat16"]
 
 
-def test_progress_and_no_steps(digits, ids):
-    done = []
-    train(mlp(), digits, ids, Training(steps=3), 0, "cpu", progress=done.append)
-    assert done == [1, 2, 3]
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.rand_like(x)
+
+
+def layers():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Flatten(), Noisy(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10)
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_training_that_is_watched_gives_the_same_bits(digits, ids, precision):
+    recipe, inputs, seen = Training(steps=9, precision=precision), torch.as_tensor(digits.read(ids[:100])), {}
+    plain = layers()
+    train(plain, digits, ids, recipe, 0, "cpu")
+    model = layers()
+
+    def watch(step):
+        assert not any(module.training for module in model.modules())
+        seen[step] = weights_fingerprint(model)
+        model(inputs)
+
+    train(model, digits, ids, recipe, 0, "cpu", (0, 2, 9), watch)
+    assert seen[9] == weights_fingerprint(model) == weights_fingerprint(plain) and not model.training
+    assert list(seen) == [0, 2, 9] and seen[0] == weights_fingerprint(layers())
+    shorter = layers()
+    train(shorter, digits, ids, Training(steps=2, precision=precision), 0, "cpu")
+    assert seen[2] == weights_fingerprint(shorter) and len(set(seen.values())) == 3
+
+
+@pytest.mark.parametrize("n_points", [5, 8, 20, 27])
+def test_steps_of_an_epoch_are_its_batches(tmp_path, n_points):
+    seen, n = batches(numbered_points(tmp_path, 30), np.arange(n_points), 8, 12), steps_per_epoch(n_points, 8)
+    epochs = [[point for batch in seen[first : first + n] for point in batch] for first in range(0, 12, n)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    assert n_points < 8 + len(epochs[0])  # all of it but an incomplete batch
+
+
+@pytest.mark.parametrize(
+    ("steps", "steps_per_epoch", "learning", "expected"),
+    [
+        (0, 7, {}, [0]),
+        (1, 7, {}, [0, 1]),
+        (10, 4, {"per_decade": 1, "per_epoch": 0}, [0, 1, 10]),
+        (1234, 4, {"per_decade": 1, "per_epoch": 0}, [0, 1, 10, 100, 1000, 1234]),
+        (100, 4, {"per_decade": 3, "per_epoch": 0}, [0, 1, 2, 5, 10, 22, 46, 100]),
+        (10, 4, {"per_decade": 1, "per_epoch": 1}, [0, 1, 4, 8, 10]),
+        (10, 5, {"per_decade": 1, "per_epoch": 3}, [0, 1, 2, 3, 5, 7, 8, 10]),
+        (6, 2, {"per_decade": 1, "per_epoch": 9}, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_checkpoints(steps, steps_per_epoch, learning, expected):
+    assert checkpoint_steps(steps, steps_per_epoch, Learning(**learning)) == expected
+
+
+def test_no_steps(digits, ids):
     model = mlp()
     before = weights_fingerprint(model)
     train(model, digits, ids, Training(steps=0), 0, "cpu")

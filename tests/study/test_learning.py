@@ -136,43 +136,10 @@ def test_what_no_checkpoint_tells_is_nan():
     assert found["never_learned"].all() and not found["forgetting_events"].any()
 
 
-@pytest.mark.parametrize("killed_after", [0, 1, 5, 9])
-def test_a_training_that_was_killed_goes_on_to_the_same_bits(killed_after, tmp_path):
-    steps, predictions, labels, measures = history()
-    whole = added(steps, predictions, labels, (10, 30), **measures).scores(predictions[-1], 200)
-    first = slice(killed_after)
-    killed = added(steps[first], predictions[first], labels, (10, 30), **{k: v[first] for k, v in measures.items()})
-    kept = killed.arrays()
-    copies = {name: array.copy() for name, array in kept.items()}
-    for i in range(killed_after, len(steps)):  # goes on for a while, which what was kept must not see
-        killed.add(int(steps[i]), predictions[i], **{name: values[i] for name, values in measures.items()})
-    np.savez(tmp_path / "state.npz", **kept)
-    with np.load(tmp_path / "state.npz") as stored:
-        again = TrainingDynamics.restore(labels, dict(stored))
-    for name, array in copies.items():
-        np.testing.assert_array_equal(kept[name], array)
-    for i in range(killed_after, len(steps)):
-        again.add(int(steps[i]), predictions[i], **{name: values[i] for name, values in measures.items()})
-    scores = again.scores(predictions[-1], 200)
-    assert scores.keys() == whole.keys()
-    for name, values in whole.items():
-        np.testing.assert_array_equal(scores[name], values)
-
-
-def test_what_is_kept_does_not_grow_with_the_points_of_each_checkpoint():
-    steps, predictions, labels, measures = history(t=40)
-    sizes = []
-    for t in (2, 40):
-        arrays = added(steps[:t], predictions, labels, **measures).arrays()
-        sizes.append({name: array.size for name, array in arrays.items() if name != "steps"})
-    assert sizes[0] == sizes[1]
-    assert max(sizes[0].values()) == len(labels)
-
-
 def test_checkpoints_that_do_not_fit_are_refused_and_change_nothing():
     steps, predictions, labels, measures = history()
     dynamics = added(steps[:3], predictions, labels, margin=measures["margin"])
-    before = dynamics.arrays()
+    before = dynamics.scores(labels, 20)
     with pytest.raises(LeadlineError, match="step"):
         dynamics.add(20, predictions[3], margin=measures["margin"][3])
     with pytest.raises(LeadlineError, match="predictions alone"):
@@ -183,6 +150,5 @@ def test_checkpoints_that_do_not_fit_are_refused_and_change_nothing():
         dynamics.add(30, predictions[3], margin=measures["margin"][3][:-1])
     with pytest.raises(LeadlineError, match="final_step"):
         dynamics.scores(labels, 19)
-    with pytest.raises(LeadlineError, match="labels"):
-        TrainingDynamics.restore(labels[1:], before)
-    assert all(array is before[name] for name, array in dynamics.arrays().items())
+    for name, values in dynamics.scores(labels, 20).items():
+        np.testing.assert_array_equal(values, before[name])

@@ -28,7 +28,6 @@ from leadline.config import RunConfig, load_config
 from leadline.depth import MemberDepths, combine
 from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError
-from leadline.knn.arrays import Array
 from leadline.machine import processor
 from leadline.members.probes import Probe
 from leadline.points import TRAIN, Points, open_points
@@ -38,7 +37,7 @@ from leadline.store.files import digest, read_json, sweep
 from leadline.store.lease import Lease
 from leadline.store.places import place_of
 from leadline.store.schemas import ENSEMBLE, MEMBERS, POINTS, PROBES
-from leadline.store.tables import ROWS, read_table, write_table
+from leadline.store.tables import ROWS, nullable, read_table, write_table
 
 ELSEWHERE = Path(os.devnull) / "scratch"  # of embeddings that only their workers see: nothing is ever there
 GROUPS_OF_A_WORKER = 2  # groups of members that are taken in for each worker, where each has its own place
@@ -362,7 +361,7 @@ def _ensemble_tables(
                     "architecture": pa.array([architecture] * (stop - first)),
                     "point_id": np.arange(first, stop),
                     "label": labels,
-                    **{name: _nullable(values) for name, values in columns.items()},
+                    **{name: nullable(values) for name, values in columns.items()},
                 }
             ).select(ENSEMBLE.names)
 
@@ -373,8 +372,3 @@ def _member_depths(directory: RunDirectory, member: Member, row_group: int, erro
         field.name: table[field.name].to_numpy() for field in fields(MemberDepths) if field.name in table.schema.names
     }
     return MemberDepths(**arrays, depth_error=error)
-
-
-def _nullable(values: Array) -> pa.Array:
-    """NaN, which says that there is nothing to take a mean of, as null."""
-    return pa.array(values, mask=np.isnan(values) if values.dtype.kind == "f" else None)

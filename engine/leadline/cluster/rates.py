@@ -345,16 +345,16 @@ def _seconds_of_a_step(
     """Trains the model for a share of the time, so that its embeddings are no longer those of random weights."""
     assert entry.training is not None
     ids = np.flatnonzero(points.parts == TRAIN)[: 16 * entry.training.batch]
-    times = [time.perf_counter()]
+    times: list[float] = []  # at which steps began
 
-    def look(step: int) -> None:
+    def look(model: torch.nn.Module, inputs: Any) -> None:
         times.append(time.perf_counter())
         if len(times) > WARM + 2 and times[-1] - times[0] > SECONDS_OF_TRAINING / of:
             raise _EnoughError
 
-    recipe = entry.training.model_copy(update={"steps": max(entry.training.steps, WARM + 2)})
-    with suppress(_EnoughError):
-        train(model, points, ids, recipe, entry.seed, device, look)
+    recipe = entry.training.model_copy(update={"steps": max(entry.training.steps, WARM + 3)})
+    with suppress(_EnoughError), model.register_forward_pre_hook(look):
+        train(model, points, ids, recipe, entry.seed, device)
     return (times[-1] - times[WARM]) / (len(times) - 1 - WARM)
 
 

@@ -12,7 +12,7 @@ from leadline.embedding.outputs import Array, Outputs, summarise_logits
 from leadline.embedding.principal import Directions, principal_directions, search_bytes
 from leadline.embedding.reductions import Reducer, make_reducers, parse_reduction
 from leadline.errors import LeadlineError
-from leadline.members.probes import Probe, read_probes
+from leadline.members.probes import Probe, read_logits, read_probes
 
 SAMPLE = 4096  # points that principal directions are fitted to, or SAMPLE_OF_EACH for each direction where that is more
 SAMPLE_OF_EACH = 4
@@ -48,6 +48,18 @@ def embed_batch(
     for name, values in named:
         _check_finite(np.isfinite(values).all(axis=1), ids, name, member)
     return Embedded(arrays, summarise_logits(named[0][1]))
+
+
+def batch_logits(model: torch.nn.Module, inputs: torch.Tensor, first_point: int, member: str) -> Array:
+    """The logits of one batch, float32 [B, C], of which `embed_batch` tells: with the same arguments the same bits.
+
+    Raises LeadlineError as it does.
+    """
+    with float32_products():
+        logits = read_logits(model, inputs).cpu().numpy()
+    ids = np.arange(first_point, first_point + len(inputs))
+    _check_finite(np.isfinite(logits).all(axis=1), ids, "logits", member)
+    return np.asarray(logits)
 
 
 def embed_input(probe: Probe, inputs: torch.Tensor, first_point: int) -> Array:

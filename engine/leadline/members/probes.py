@@ -106,6 +106,12 @@ def read_probes(model: nn.Module, probes: Sequence[Probe], inputs: Tensor) -> tu
     return embeddings, logits
 
 
+def read_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The logits of one forward pass in eval mode, float32 [B, C], the same as `read_probes` gives."""
+    _, output = _forward(model, [], inputs)
+    return _checked_logits(output, len(inputs))
+
+
 def read_probe(model: nn.Module, probe: Probe, inputs: Tensor) -> Tensor:
     """The embeddings of a batch at one probe, float32 [B, width], the same as `read_probes` gives.
 
@@ -114,8 +120,7 @@ def read_probe(model: nn.Module, probe: Probe, inputs: Tensor) -> Tensor:
     if probe.index == 0:
         return inputs.flatten(1).to(torch.float32)
     if probe.place is None:
-        _, output = _forward(model, [], inputs)
-        return torch.softmax(_checked_logits(output, len(inputs)), dim=1)
+        return torch.softmax(read_logits(model, inputs), dim=1)
     reached: list[Tensor | None] = []
 
     def end(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,8 +1,9 @@
 """Training a member with the paper's recipe."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leadline.errors import LeadlineError
+from leadline.members.probes import eval_mode
 
 if TYPE_CHECKING:
-    from leadline.config import Training
+    from leadline.config import Learning, Training
     from leadline.points import Points
 
 RESIDENT_BYTES = 2**30  # a decoded training split below this is read once and kept on the device
@@ -28,15 +30,17 @@ def train(
     training: "Training",
     seed: int,
     device: torch.device | str,
-    progress: Callable[[int], None] | None = None,
+    at: Collection[int] = (),
+    watch: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train a model in place, by SGD with momentum on the cross-entropy of the given labels; no augmentation.
 
     ids: int64 [n], the points of the split. Each epoch is a fresh order of them, drawn by `seed`, cut into batches; an
     incomplete last batch is dropped unless it is the epoch's only one. The rate is multiplied by `decay` after each
-    milestone's number of steps. progress is called with the number of steps done. The model is moved to `device` and
-    left there in eval mode. The same seed, number of threads and machine give the same bits; the caller's random state
-    stays as it was.
+    milestone's number of steps. The model is moved to `device` and left there in eval mode. The same seed, number of
+    threads and machine give the same bits; the caller's random state stays as it was.
+    watch is called with the number of steps done, 0 before the first, where that is one of `at`. The model is in eval
+    mode then, and watch may run it, but must not change it: what is trained is the same bits with and without.
     Raises LeadlineError where the loss is not finite, naming the step; where the split is empty, the model has nothing
     to train, or its output is not logits for all the labels.
     """
@@ -53,6 +57,9 @@ def train(
     unchecked: list[Tensor] = []
     with _deterministic(seed, device):
         for step, batch in zip(range(training.steps), _batches(len(ids), training.batch, seed), strict=False):
+            if step in at:
+                with _aside(model, device):
+                    watch(step)
             rate = training.learning_rate * training.decay ** sum(m <= step for m in training.milestones)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -63,12 +70,29 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             unchecked.append(loss.detach())
-            if len(unchecked) == STEPS_BETWEEN_CHECKS or step + 1 == training.steps:
+            done = step + 1
+            if len(unchecked) == STEPS_BETWEEN_CHECKS or done == training.steps or done in at:
                 _check_losses(unchecked, step, rate)
                 unchecked.clear()
-            if progress is not None:
-                progress(step + 1)
     model.eval()
+    if training.steps in at:
+        watch(training.steps)
+
+
+def steps_per_epoch(n_points: int, batch: int) -> int:
+    """Batches that a split of so many points is cut into."""
+    return max(1, n_points // batch)
+
+
+def checkpoint_steps(steps: int, steps_per_epoch: int, learning: "Learning") -> list[int]:
+    """Numbers of steps after which a training of `steps` is looked at, ascending: 0, `steps`, and between them
+
+    10^(i / per_decade) and i x steps_per_epoch / per_epoch for i = 0, 1, ..., rounded to whole steps.
+    """
+    by_decade = (round(10 ** (i / learning.per_decade)) for i in count())
+    by_epoch = (round(i * steps_per_epoch / learning.per_epoch) for i in count()) if learning.per_epoch else iter(())
+    between = (takewhile(lambda step: step < steps, found) for found in (by_decade, by_epoch))
+    return sorted({0, steps}.union(*between))
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> Literal["float32", "bfloat16"]:
@@ -94,6 +118,13 @@ def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode, and random numbers that training does not miss, for a while."""
+    with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def _batches(n_points: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ run.json                       what was asked, what it was made of, whether it i
 drivers/NNNNNN.json            who computes it, or did so last
 points.parquet members.parquet probes.parquet ensemble.parquet
 depths/member=M/part-0.parquet votes/member=M/part-0.parquet
+learning/member=M/part-0.parquet  of members whose training was watched, or logged elsewhere, where there are any
 weights/M.safetensors          of every member, trained here or given
 directions/M.safetensors       of the probes that are reduced by pca, where there are any
 units/train/M.json             records of finished units; a unit without its record is done again
@@ -32,7 +33,7 @@ from leadline.errors import LeadlineError
 from leadline.store.files import PART, digest, names, read_json, remove, write_json
 from leadline.store.places import Place
 
-BY_MEMBER = ("depths", "votes")
+BY_MEMBER = ("depths", "votes", "learning")
 TABLES = ("points", "members", "probes", "ensemble", *BY_MEMBER)
 
 
@@ -66,12 +67,17 @@ class RunDirectory:
         return self.root / (name if name in BY_MEMBER else f"{name}.parquet")
 
     def member_table(self, name: str, member: str) -> Place:
-        """The file of depths or votes of one member."""
+        """The file of depths, votes or learning of one member."""
         return self.table(name) / f"member={member}" / "part-0.parquet"
 
     def files(self, name: str) -> str:
         """A table's files on a file system, as a glob."""
         return str(self.table(name) / "*" / "*.parquet" if name in BY_MEMBER else self.table(name))
+
+    def has_table(self, name: str) -> bool:
+        """Whether there is a table, of one member at least; the folder that a writer has made is none."""
+        table = self.table(name)
+        return any(True for _ in table.rglob("*.parquet")) if name in BY_MEMBER else table.is_file()
 
     def weights(self, member: str) -> Place:
         return self.root / "weights" / f"{member}.safetensors"
@@ -247,6 +253,12 @@ class RunDirectory:
     def inside(self, place: Place) -> str:
         """The path of a place inside the run."""
         return str(place).removeprefix(f"{self.root}/")
+
+    def record_file(self, path: Place) -> None:
+        """Record the digest of one more file of a complete run, or of one that has been replaced."""
+        manifest = self.read_manifest()
+        files = {**manifest["files"], self.inside(path): digest(path)}
+        write_json(self.manifest_path, {**manifest, "files": files})
 
     def complete(self, files: dict[str, str], stages: dict[str, Any]) -> None:
         """Record the digests of the finished files, and what the stages took."""

@@ -84,6 +84,23 @@ DEPTHS = pa.schema(
     ]
 )
 
+# NaN of a measure is null, and so is every measure that a log of predictions alone does not give.
+LEARNING = pa.schema(
+    [
+        ("point_id", pa.int64()),
+        ("label", pa.int32()),
+        ("in_training", pa.bool_()),
+        ("iteration_learned", pa.int64()),
+        ("forgetting_events", pa.int32()),
+        ("never_learned", pa.bool_()),
+        *((field, pa.float64()) for field in ("el2n", "aum", "mean_label_probability", "std_label_probability")),
+        ("steps", pa.list_(pa.int64())),  # of the checkpoints: the same in every row of a member, kept once by Parquet
+        ("predictions", pa.list_(pa.int32())),  # at these
+    ]
+)
+# Where a table of learning is from, in its metadata: the run's own training, or a log of a training elsewhere.
+CHECKPOINTS, WATCHED, LOGGED = "leadline.checkpoints", "watched", "logged"
+
 ENSEMBLE = pa.schema(
     [
         ("architecture", pa.string()),

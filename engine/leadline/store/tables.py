@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leadline.errors import LeadlineError, one_line
+from leadline.knn.arrays import Array
 from leadline.store.files import replacing
 from leadline.store.places import Place
 
@@ -25,6 +27,11 @@ def write_table(path: Place, schema: pa.Schema, tables: Iterable[pa.Table], meta
     ):
         for table in tables:
             writer.write_table(table.cast(schema), row_group_size=ROWS)
+
+
+def nullable(values: Array) -> pa.Array:
+    """NaN, which says that there is nothing to take a mean of, as null."""
+    return pa.array(values, mask=np.isnan(values) if values.dtype.kind == "f" else None)
 
 
 def open_table(path: Place) -> pq.ParquetFile:

@@ -1,6 +1,7 @@
 """Is a run what it says it is? Files against their digests, tables against each other, depths against votes."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from leadline.store.files import digest
 from leadline.store.places import Place
 from leadline.store.schemas import (
     AUDIT_FIELDS,
+    CHECKPOINTS,
     DEPTHS,
     ENSEMBLE,
     ERROR_FIELDS,
+    LEARNING,
     MEMBERS,
     POINTS,
     PROBES,
     VOTE_FIELDS,
+    WATCHED,
     votes_schema,
 )
 from leadline.store.tables import open_table, read_table
@@ -31,7 +35,8 @@ def verify(directory: RunDirectory) -> list[str]:
     """Every fault that is found in a run, a line each; none in a sound run.
 
     Held against one another: files and the digests of the manifest; schemas; rows and ids; depths and the votes that
-    they are made from; counts and accuracies of members, probes and the ensemble and the depths that they sum up.
+    they are made from; counts and accuracies of members, probes and the ensemble and the depths that they sum up; how
+    points were learned and the predictions that tell it.
     Raises LeadlineError where there is no run.
     """
     manifest = directory.read_manifest()
@@ -66,6 +71,8 @@ def _table_faults(directory: RunDirectory, manifest: dict[str, Any]) -> Iterator
     for member in members:
         paths.append((directory.member_table("depths", member["member"]), DEPTHS))
         paths.append((directory.member_table("votes", member["member"]), votes_schema(member["n_probes"])))
+        if directory.member_table("learning", member["member"]).is_file():
+            paths.append((directory.member_table("learning", member["member"]), LEARNING))
     wrong = [fault for path, schema in paths for fault in _schema_faults(path, schema, manifest)]
     if wrong:
         yield from wrong
@@ -115,7 +122,7 @@ def _member_faults(
         yield from faults
         return
     n_probes = member["n_probes"]
-    columns = {field: _matrix(votes[field], n_probes) for field in VOTE_FIELDS}
+    columns = {field: _elements(votes[field], n_probes) for field in VOTE_FIELDS}
     computed = {field: _computed(votes[field], n_probes) for field in VOTE_FIELDS}
     yield from _vote_faults(votes_path, columns, computed["winner"], config["k"])
     prediction, depth = depths["prediction"].to_numpy(), depths["depth"].to_numpy()
@@ -136,6 +143,8 @@ def _member_faults(
         return
     if np.count_nonzero(inside) != member["n_train"]:
         yield f"{path}: {np.count_nonzero(inside)} points in training, members.parquet says {member['n_train']}"
+    if directory.member_table("learning", member["member"]).is_file():
+        yield from _learning_faults(directory.member_table("learning", member["member"]), depths)
     yield from _audit_faults(directory, member, probes)
     rights, known = (columns["winner"] == labels[:, None]).T, computed["winner"].T
     told = [(member, prediction == labels, np.ones(len(labels), bool)), *zip(probes, rights, known, strict=True)]
@@ -146,6 +155,43 @@ def _member_faults(
                 place = f"probe {row['probe']} of {row['member']}" if "probe" in row else row["member"]
                 yield f"{path}: {column} of {place} is {share} by this table, the run says {row[column]}"
     total.add(depth, inside, member["depth_error_high"] or 0.0)
+
+
+def _learning_faults(path: Place, depths: pa.Table) -> Iterator[str]:
+    """depths: of the same member, a row a point. The table of learning is read a row group at a time."""
+    with open_table(path) as file:
+        n_groups, n_rows, stamps = file.num_row_groups, file.metadata.num_rows, file.schema_arrow.metadata
+    if n_rows != len(depths):
+        yield f"{path}: {n_rows} rows for {len(depths)} points"
+        return
+    is_watched, first = stamps.get(CHECKPOINTS.encode()) == WATCHED.encode(), 0
+    steps: list[int] = read_table(path, 0)["steps"][0].as_py() or []
+    for group in range(n_groups):
+        table = read_table(path, group)
+        own, first = depths.slice(first, len(table)), first + len(table)
+        for column in ("point_id", "label", "in_training"):
+            if table[column] != own[column]:
+                yield f"{path}: column {column} is not that of the table of depths"
+        lengths = [pa.compute.list_value_length(table[column]).fill_null(0) for column in ("steps", "predictions")]
+        if not steps or any((length.to_numpy() != len(steps)).any() for length in lengths):
+            yield f"{path}: a point has not one prediction for each step"
+            return
+        every, said = (_elements(table[column], len(steps)) for column in ("steps", "predictions"))
+        if (every != steps).any() or any(after <= before for before, after in pairwise(steps)):
+            yield f"{path}: its steps are not ascending, or not the same of every point"
+        final = own["prediction"].to_numpy()
+        if is_watched and (said[:, -1] != final).any():
+            yield f"{path}: its last predictions are not those of the table of depths"
+        # How many predictions, from the last back, are the final one before the first that is not.
+        agreeing = np.logical_and.accumulate(said[:, ::-1] == final[:, None], axis=1).sum(axis=1)
+        learned = np.array([*steps, steps[-1]])[len(steps) - agreeing]
+        found = table["iteration_learned"].to_numpy()
+        if (found != learned).any():
+            at = int((found != learned).argmax())
+            yield (
+                f"{path}: iteration_learned of point {own['point_id'][at]} is {found[at]}, its predictions make it "
+                f"{learned[at]}"
+            )
 
 
 def _audit_faults(directory: RunDirectory, member: dict[str, Any], probes: list[dict[str, Any]]) -> Iterator[str]:
@@ -169,9 +215,9 @@ def _audit_faults(directory: RunDirectory, member: dict[str, Any], probes: list[
                     yield f"{directory.table(table)}: {value} of {name} is not inside its interval"
 
 
-def _matrix(lists: pa.ChunkedArray, n_probes: int) -> Array:
-    """The elements of fixed-size lists, [Q, P]; -1 for those that are null."""
-    return np.asarray(lists.combine_chunks().values.fill_null(-1).to_numpy()).reshape(-1, n_probes)
+def _elements(lists: pa.ChunkedArray, size: int) -> Array:
+    """The elements of lists that are all so long, [Q, size]; -1 for those that are null."""
+    return np.asarray(lists.combine_chunks().values.fill_null(-1).to_numpy()).reshape(-1, size)
 
 
 def _computed(lists: pa.ChunkedArray, n_probes: int) -> Array:

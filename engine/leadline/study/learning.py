@@ -1,6 +1,5 @@
 """How points are learned: what one training says of each point at its checkpoints, and the measures made of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +59,15 @@ class TrainingDynamics:
 
     A checkpoint's step is the number of steps of the optimiser before it: 0 is the initialisation. What it says
     counts for the iteration learned, and for el2n where el2n_steps include 0, but for nothing else: a network that
-    was never trained has nothing to forget. Everything kept is O(N), whatever the number of checkpoints, and is in
-    `arrays()`.
+    was never trained has nothing to forget. Everything kept is O(N), whatever the number of checkpoints.
     """
 
     def __init__(self, labels: Array, el2n_steps: tuple[int, int]) -> None:
         self.labels = np.asarray(labels)
+        self.el2n_steps = el2n_steps
         n_points = len(self.labels)
-        # Arrays are replaced and never written to, so that what `arrays()` gave stays as it was.
+        # Replaced as a whole, so that a checkpoint that is refused changes nothing.
         self._state: dict[str, Array] = {
-            "el2n_steps": np.array(el2n_steps, np.int64),
             "steps": np.zeros(0, np.int64),  # of the checkpoints so far
             "prediction": np.full(n_points, -1, np.int32),  # at the last of them
             "since": np.zeros(n_points, np.int64),  # the step from which on it has been that
@@ -78,22 +76,6 @@ class TrainingDynamics:
             "label_probability_squares": np.zeros(n_points),  # of deviations from the mean
             # And of what the first checkpoint gives: the mean of label_probability, the sums of margin and el2n.
         }
-
-    def arrays(self) -> dict[str, Array]:
-        """All that is kept, to be stored beside the weights of the same step, with which `restore` takes it again."""
-        return dict(self._state)
-
-    @classmethod
-    def restore(cls, labels: Array, arrays: Mapping[str, Array]) -> "TrainingDynamics":
-        """As it was when `arrays()` gave these; what is added from then on gives the same bits.
-
-        Raises LeadlineError where the arrays are of another number of points.
-        """
-        first, last = arrays["el2n_steps"].tolist()
-        dynamics = cls(labels, (first, last))
-        refuse_other_shapes(arrays["prediction"].shape, labels=dynamics.labels)
-        dynamics._state = dict(arrays)
-        return dynamics
 
     def add(
         self, step: int, prediction: Array, *, label_probability: Array | None = None, margin: Array | None = None,
@@ -117,7 +99,7 @@ class TrainingDynamics:
             raise LeadlineError(
                 f"step {step}: given are {', '.join(given) or 'predictions alone'}; give what the first checkpoint gave"
             )
-        first, last = state["el2n_steps"]
+        first, last = self.el2n_steps
         if "el2n" in given and first <= step <= last:
             state = {**state, "el2n": state["el2n"] + given["el2n"]}
         if step > 0:
@@ -167,7 +149,7 @@ class TrainingDynamics:
             "never_learned": state["n_right"] == 0,
         }
         n_trained = np.count_nonzero(steps)
-        first, last = state["el2n_steps"]
+        first, last = self.el2n_steps
         n_early = np.count_nonzero((first <= steps) & (steps <= last))
         with np.errstate(invalid="ignore"):
             if "margin" in state:

@@ -3,23 +3,26 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
 
-from leadline.cluster.work import OUTPUTS, Member
+from leadline.cluster.work import OUTPUTS, Member, blocks
 from leadline.cluster.workbench import Workbench
-from leadline.embedding import embed_batch, embed_input, fit_directions
+from leadline.config import Training
+from leadline.embedding import batch_logits, embed_batch, embed_input, fit_directions
 from leadline.embedding.principal import save_directions
 from leadline.embedding.reductions import choose_reductions, stored_width
 from leadline.knn.arrays import Array
+from leadline.learning_table import LearningTable
 from leadline.members.probes import Probe, place_probes
-from leadline.members.train import resolve_precision
+from leadline.members.train import checkpoint_steps, is_resident, resolve_precision, steps_per_epoch
 from leadline.members.train import train as train_network
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
 from leadline.store.files import digest, replacing, write_array, write_json, writing_rows
-from leadline.store.schemas import OUTPUT_FIELDS
+from leadline.store.schemas import OUTPUT_FIELDS, WATCHED
+from leadline.study.learning import LabelOutputs, label_outputs
 
 
 def train(bench: Workbench, member: Member) -> int:
@@ -32,7 +35,9 @@ def train(bench: Workbench, member: Member) -> int:
     model, ids = bench.build(member), bench.training_ids(member)
     if member.weights_source:
         load_weights(model, member.weights_source)
-    if recipe:
+    if recipe and recipe.learning:
+        _train_watched(bench, member, model, recipe)
+    elif recipe:
         train_network(model, bench.points, ids, recipe, member.seed, bench.device)
     model.float().to(bench.device)
     example = bench.inputs(np.zeros(1, np.int64))
@@ -53,6 +58,32 @@ def train(bench: Workbench, member: Member) -> int:
         },
     )
     return recipe.steps if recipe else 0
+
+
+def _train_watched(bench: Workbench, member: Member, model: torch.nn.Module, recipe: Training) -> None:
+    """Train, run all points through the network at each checkpoint, and store what that says of their learning.
+
+    They go in the batches that `embed` makes, so that the last predictions are those of the table of depths.
+    """
+    assert recipe.learning is not None
+    points, ids = bench.points, bench.training_ids(member)
+    steps = checkpoint_steps(recipe.steps, steps_per_epoch(len(ids), recipe.batch), recipe.learning)
+    table = LearningTable(points.labels, np.isin(np.arange(len(points)), ids), steps)
+    batches = [np.arange(*edges) for edges in blocks(len(points), bench.config.engine.batch_size)]
+    keeps = is_resident(len(points), points.input_shape)
+    kept = [bench.inputs(batch) for batch in batches] if keeps else []
+
+    def watch(step: int) -> None:
+        said = []
+        for number, batch in enumerate(batches):
+            inputs = kept[number] if keeps else bench.inputs(batch)
+            logits = batch_logits(model, inputs, int(batch[0]), member.name)
+            said.append(label_outputs(logits, points.labels[batch]))
+        measures = [field.name for field in fields(LabelOutputs)]
+        table.add(step, **{name: np.concatenate([getattr(of_batch, name) for of_batch in said]) for name in measures})
+
+    train_network(model, points, ids, recipe, member.seed, bench.device, frozenset(steps), watch)
+    table.write(bench.directory.member_table("learning", member.name), bench.stamps, WATCHED)
 
 
 def _fit_directions(bench: Workbench, member: Member, model: torch.nn.Module, probes: Sequence[Probe]) -> str | None:
