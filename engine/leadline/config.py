@@ -205,7 +205,7 @@ class MemberConfig(Section):
         assert self.training is not None
         changes = {
             "name": f"{self.label}-at-{step}",
-            "training": self.training.model_copy(update={"steps": step}),
+            "training": self.training.model_copy(update={"steps": step, "learning": None}),
             "at_steps": (),
             "checkpoint": Checkpoint(of=self.label, step=step),
         }
@@ -222,7 +222,7 @@ class MemberConfig(Section):
         return list(self.probes) if isinstance(self.probes, tuple) else self.probes
 
 
-LIBRARIES = 512 << 20  # bytes that an actor takes before it searches: Python, torch, Ray, a network
+LIBRARIES = 704 << 20  # bytes that an actor takes before it searches: Python, torch, Ray, a network, compiled loops
 
 
 class Engine(Section):
@@ -257,8 +257,8 @@ class Engine(Section):
 
     @property
     def search_memory(self) -> int:
-        """Bytes of the budget that searching may take: what Python and its libraries leave, or half of a small one."""
-        return max(self.memory_budget - LIBRARIES, self.memory_budget // 2)
+        """Bytes that searching may take of the budget: what libraries leave of it, or a fourth of a small one."""
+        return max(self.memory_budget - LIBRARIES, self.memory_budget // 4)
 
     def workers_in(self, cpus: float, gpus: float) -> int:
         """How many actors there is room for."""

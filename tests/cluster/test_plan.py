@@ -106,7 +106,7 @@ def test_units_are_those_of_a_run(tiny_run):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("memory_budget", [4 << 30, 120_000], ids=["at once", "in tiles"])
+@pytest.mark.parametrize("memory_budget", [4 << 30, 240_000], ids=["at once", "in tiles"])
 def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch, memory_budget):
     config = {**REDUCED, "members": [{**TINY["members"][0], "count": 1}]}
     bench, directory, (member,) = embedded(
@@ -126,7 +126,7 @@ def test_an_audit_reads_and_embeds_as_often_as_is_planned(tmp_path, monkeypatch,
 
 def test_a_bank_that_is_cut_is_planned_in_parts(tmp_path):
     """Those of members, and the one of the input that they share."""
-    config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 100_000}}
+    config = {**TINY, "engine": {**TINY["engine"], "group_size": 3, "memory_budget": 200_000}}
     bench, directory, members = embedded(config, tmp_path)
     graph = graph_of(bench.config, bench.points)
     units = graph.units(0, members, directory)

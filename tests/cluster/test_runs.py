@@ -116,7 +116,7 @@ def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, 
 @pytest.mark.parametrize("votes", ["all", pytest.param("until-decided", marks=pytest.mark.slow)])
 def test_banks_that_no_worker_holds_are_searched_in_parts(request, tmp_path, votes):
     """Cut into up to eight parts, each searched alone; votes and depths are the same, ties and all."""
-    other = leadline.run({**changed(memory_budget=240_000), "votes": votes}, tmp_path / "run")
+    other = leadline.run({**changed(memory_budget=480_000), "votes": votes}, tmp_path / "run")
     # For six blocks of points, at three probes of three members, and at the input that they share.
     assert other.manifest["stages"]["part"]["units"] == 6 * (3 * (3 + 3 + 2) + 8)
     assert verify(other.directory) == []

@@ -117,7 +117,7 @@ def test_neighbours_that_are_shared_from_parts_are_those_of_one_search_and_of_a_
     inputs = np.array(data.draw(st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=n, max_size=n)), np.float32)
     held_out = [data.draw(st.sets(st.integers(0, n - 1), max_size=n // 8)) for _ in range(3)]
     leave_one_out = data.draw(st.booleans())
-    memory_budget = 2 * 8 * 2 * n // data.draw(st.integers(2, 6))
+    memory_budget = 4 * 8 * 2 * n // data.draw(st.integers(2, 6))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         np.save(folder / "inputs.npy", inputs)

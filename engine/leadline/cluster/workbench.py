@@ -26,7 +26,6 @@ from leadline.points import open_points
 from leadline.store import RunDirectory
 from leadline.store.files import digest, fetched, read_json
 
-
 COLLECTED = 64 << 20  # bytes of a search from which on it is worth a look at all objects to have them back
 
 

@@ -21,6 +21,7 @@ LARGEST = 1e145  # beyond it the sum of the squares of many differences is no fl
 SURVEYED = 4096  # rows whose mean is the centre
 SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
+LEAST = 60  # queries that go through a bank together
 SHARE = 6  # one part for a tile's rows, the others for what is made of them, the queries, and the work
 DEVICES = ("cpu", "cuda")
 COMPILED = ("cpu",)  # devices that have compiled loops; on the others all is done in torch
@@ -183,7 +184,7 @@ def cut(n_bank: int, width: int, memory_budget: int) -> tuple[int, int]:
     of_a_query = 8 * max(width, cells_of(n_bank))
     return (
         max(kernels.BLOCK, memory_budget // (SHARE * 4 * width)),
-        max(kernels.BLOCK, memory_budget // (SHARE * of_a_query)),
+        max(LEAST, memory_budget // (SHARE * of_a_query)),
     )
 
 
