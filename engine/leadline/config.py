@@ -222,7 +222,7 @@ class MemberConfig(Section):
         return list(self.probes) if isinstance(self.probes, tuple) else self.probes
 
 
-LIBRARIES = 704 << 20  # bytes that an actor takes before it searches: Python, torch, Ray, a network, compiled loops
+LIBRARIES = 960 << 20  # bytes that an actor takes before it searches: Python, torch, Ray, a network, compiled loops
 
 
 class Engine(Section):

@@ -34,7 +34,7 @@ def test_parts_are_the_bank_and_as_few_as_fit_the_memory(n_bank, width, k, memor
 
 
 @pytest.mark.parametrize(
-    ("budget", "left"), [(4 << 30, 3392 << 20), (1 << 30, 320 << 20), (900 << 20, 225 << 20), (4 << 20, 1 << 20)]
+    ("budget", "left"), [(4 << 30, 3136 << 20), (1280 << 20, 320 << 20), (1200 << 20, 300 << 20), (4 << 20, 1 << 20)]
 )
 def test_searching_has_what_the_libraries_leave_of_the_budget_or_a_fourth_of_it(budget, left):
     assert load_config({**TINY, "engine": {"memory_budget": budget}}).engine.search_memory == left

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def write_study(
 def _about(run: Run, ensembles: Sequence[Ensemble]) -> list[str]:
     """What was studied, for the head of the page."""
     said = [
-        f"{one.architecture}: {len(one.members)} members, {one.n_probes} probes" for one in ensembles
+        f"{_plain(one.architecture)}: {len(one.members)} members, {one.n_probes} probes" for one in ensembles
     ]  # fmt: skip
     manifest, one = run.manifest, ensembles[0]
     corrupted = f", {int(one.corrupted.sum()):,} labels corrupted" if one.corrupted.any() else ""
@@ -93,8 +94,9 @@ def _sheet(ensemble: Ensemble, networks: Networks, folder: Path) -> list[str]:
     """A picture of the most typical images of each kind, where points are images. Returns its name, in a list."""
     if len(networks.points.input_shape) != 3:
         return []
-    kind, _ = kinds_of(ensemble)
-    rows = [networks.points.read(ids) for ids in typical(ensemble, kind, COLUMNS)]
+    if (placed := kinds_of(ensemble)) is None:
+        return []
+    rows = [networks.points.read(ids) for ids in typical(ensemble, placed[0], COLUMNS)]
     name = f"kinds-{ensemble.architecture}.png"
     write_sheet(folder / name, rows)
     return [name]
@@ -162,9 +164,14 @@ def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iter
             text = str(_shown(row[column]))
             if column == "value" and row.get("low") is not None:
                 text += f" ({_shown(row['low'])} to {_shown(row['high'])})"
-            cells.append(text.replace("|", "\\|"))
+            cells.append(_plain(text))
         yield "| " + " | ".join(cells) + " |"
     yield ""
+
+
+def _plain(text: str) -> str:
+    """A name that a user gave, such that it is text in a page and in a cell of a table."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _shown(value: Any) -> Any:

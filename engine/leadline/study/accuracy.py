@@ -17,7 +17,7 @@ from scipy.special import entr
 from leadline.knn.arrays import Array
 from leadline.query import Run
 from leadline.store.files import replacing
-from leadline.study.analyses import DRAWS, Material, Row, _number, _rows, _tables, label_depths
+from leadline.study.analyses import DRAWS, Material, Row, _means, _number, _rows, _tables, label_depths
 from leadline.study.ensembles import Ensemble, read_ensembles
 from leadline.study.rejection import early_read_out, risk_coverage, votes_from
 from leadline.study.relations import mean_over_members, over_members
@@ -41,8 +41,8 @@ def accuracy(material: Material) -> dict[str, pa.Table]:
 def untouched(ensemble: Ensemble) -> Array:
     """bool [N], the points that only measure."""
     if ensemble.in_test.any():
-        return ensemble.in_test
-    return np.arange(len(ensemble.labels)) % 2 == 1
+        return np.asarray(ensemble.in_test)
+    return np.asarray(np.arange(len(ensemble.labels)) % 2 == 1)
 
 
 def clean_labels(ensemble: Ensemble) -> Array:
@@ -69,7 +69,7 @@ def _read_outs(ensemble: Ensemble) -> list[Row]:
         answers.append(_read(votes, said, ways.best))
     row = {"architecture": ensemble.architecture}
     gain = np.subtract(chosen, plain)
-    measured = last & ensemble.held_out.any(axis=0)
+    measured = ensemble.held_out & last
     of_ensembles = _majorities(ensemble, [ensemble.prediction, np.stack(answers)], clean_labels(ensemble), measured)
     told = {
         "members, plain": _rows(mean_over_members(np.array(plain), draws=DRAWS))[0],
@@ -94,25 +94,30 @@ def _read(votes: Array, said: Array, way: int) -> Array:
 
 
 def _majorities(ensemble: Ensemble, answers: Sequence[Array], labels: Array, where: Array) -> list[Row]:
-    """Accuracy of the vote of members by each of two sets of answers [M, N], and what the second gains."""
-    counts = [_one_hot(ensemble, some, where) for some in answers]
+    """Accuracy of the vote of members by each of two sets of answers [M, N], and what the second gains.
+
+    where: bool [M, N], whether the member votes for the point; points without a vote are left out.
+    """
+    ids = np.flatnonzero(where.any(axis=0))
+    counts = [_one_hot(some[:, ids], where[:, ids], len(ensemble.class_names)) for some in answers]
 
     def found(times: Array) -> Array:
         votes = [np.tensordot(times, one, 1) for one in counts]
         there = votes[0].any(axis=1)  # the members of a draw may all be trained on a point
-        plain, other = ((one.argmax(axis=1) == labels[where])[there].mean() for one in votes)
+        if not there.any():
+            return np.full(3, np.nan)
+        plain, other = ((one.argmax(axis=1) == labels[ids])[there].mean() for one in votes)
         return np.array([plain, other, other - plain])
 
     values = over_members(found, len(ensemble.members), draws=DRAWS)
-    return [_estimate(values, place, int(where.sum())) for place in range(3)]
+    return [_estimate(values, place, len(ids)) for place in range(3)]
 
 
-def _one_hot(ensemble: Ensemble, answers: Array, where: Array) -> Array:
-    """int8 [M, n, C], what members that hold the points out answer."""
-    ids = np.flatnonzero(where)
-    votes = np.zeros((len(answers), len(ids), len(ensemble.class_names)), np.int8)
-    for member, (said, out) in enumerate(zip(answers[:, ids], ensemble.held_out[:, ids], strict=True)):
-        votes[member, np.flatnonzero(out), said[out]] = 1
+def _one_hot(answers: Array, where: Array, n_classes: int) -> Array:
+    """int8 [M, n, C], what members answer where they vote."""
+    votes = np.zeros((*answers.shape, n_classes), np.int8)
+    for member, (said, chosen) in enumerate(zip(answers, where, strict=True)):
+        votes[member, np.flatnonzero(chosen), said[chosen]] = 1
     return votes
 
 
@@ -136,6 +141,8 @@ def _rejection(ensemble: Ensemble, material: Material) -> tuple[list[Row], list[
 
     def found(times: Array) -> Array:
         right, confidences = orders(times)
+        if np.isnan(confidences[0]).all():  # in a draw of members that hold none of these points out
+            return np.full(5, np.nan)
         areas = [risk_coverage(confidence, right).area for confidence in confidences]
         return np.array([*areas, areas[2] - areas[0], areas[2] - areas[1]])
 
@@ -186,18 +193,20 @@ def write_again(ensemble: Ensemble, folder: Path) -> list[Path]:
     Members and seeds stay those of the run, and all points of a member's split but the marked ones.
     """
     marked = marks(ensemble)
-    if marked is None:
+    if marked is None or not marked.any():
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for number, member in enumerate(ensemble.members):
         _save(folder / f"keep-{member.rpartition('-')[2]}.npy", np.flatnonzero(ensemble.in_training[number] & ~marked))
-    relabel = np.where(marked & (ensemble.consensus >= 0), ensemble.consensus, -1)
-    _save(folder / "relabel.npy", relabel)
+    # All labels of part train, since the run's own may have come from such a file, which this one replaces.
+    relabel = np.where(marked & (ensemble.consensus >= 0), ensemble.consensus, ensemble.labels)
+    _save(folder / "relabel.npy", np.where(ensemble.in_test, -1, relabel))
     labels_file = str(folder.absolute() / "relabel.npy")
     config = dict(ensemble.run.manifest["configuration"])
     entry = ensemble.entry.model_dump(mode="json", exclude={"at_steps", "checkpoint"})
     entry["probes"] = []  # input and softmax alone: accuracies are all that is compared
-    split = {"kind": "file", "path": str(folder.absolute() / "keep-{seed}.npy")}
+    braces = str(folder.absolute()).replace("{", "{{").replace("}", "}}")
+    split = {"kind": "file", "path": f"{braces}/keep-{{seed}}.npy"}
     ways = {
         "drop": {**config, "members": [{**entry, "split": split}]},
         "relabel": {**config, "members": [entry], "points": {**config["points"], "relabel": labels_file}},
@@ -219,7 +228,7 @@ def _save(path: Path, values: Array) -> None:
 def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
     """Accuracy on the untouched part of runs that were trained again, beside the run's; by member and as ensembles.
 
-    Members are paired by their seeds.
+    Members are paired by their seeds; each is measured on the untouched points that it holds out in both runs.
     """
     rows: list[Row] = []
     for run in others:
@@ -233,10 +242,10 @@ def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
 
 def _compared(ensemble: Ensemble, other: Ensemble) -> list[Row]:
     clean = clean_labels(ensemble)
-    where = untouched(ensemble) & ensemble.held_out.all(axis=0) & other.held_out.all(axis=0)
-    if not where.any():
+    where = untouched(ensemble) & ensemble.held_out & other.held_out
+    if not where.any(axis=1).all():
         return []
-    plain, trained = ((one.prediction[:, where] == clean[where]).mean(axis=1) for one in (ensemble, other))
+    plain, trained = (_means(one.prediction == clean, where) for one in (ensemble, other))
     of_members = {
         "members, plain": plain, "members, trained again": trained, "members, gain": trained - plain,
     }  # fmt: skip

@@ -67,8 +67,6 @@ def relations(material: Material) -> dict[str, pa.Table]:
                     for bin_, one in enumerate(_rows(found, measure in SHARES))
                     if one["n"]
                 ]
-                if not np.isfinite(values[~np.isnan(values)]).all():
-                    values = np.where(np.isinf(values), np.finfo(np.float64).max, values)  # ranks need no more
                 correlations += [{**row, **one} for one in _rows(rank_correlation(depth, values, draws=DRAWS))]
     between = [
         {"architecture": one.architecture, "other": other.architecture, "split": split, **row}
@@ -98,7 +96,9 @@ def difficulty(material: Material) -> dict[str, pa.Table]:
     counts: list[Row] = []
     layers: list[Row] = []
     for ensemble in material.ensembles:
-        kind, beyond = kinds_of(ensemble)
+        if (placed := kinds_of(ensemble)) is None:
+            continue
+        kind, beyond = placed
         row = {"architecture": ensemble.architecture}
         for number, name in enumerate(KINDS):
             of_kind = kind == number
@@ -123,9 +123,14 @@ def difficulty(material: Material) -> dict[str, pa.Table]:
     return _tables({"kinds": counts, "kinds_by_layer": layers})
 
 
-def kinds_of(ensemble: Ensemble) -> tuple[Array, tuple[float, float]]:
-    """The kind of each point, int8 [N] (see `kinds`), by the default thresholds; and these, held out and training."""
+def kinds_of(ensemble: Ensemble) -> tuple[Array, tuple[float, float]] | None:
+    """The kind of each point, int8 [N] (see `kinds`), by the default thresholds; and these, held out and training.
+
+    None where no point is held out by one member and in training in another.
+    """
     held_out, training = mean_depths(ensemble)
+    if np.isnan(held_out + training).all():
+        return None
     beyond = thresholds(held_out, training)
     return kinds(held_out, training, beyond), beyond
 
@@ -199,6 +204,8 @@ def convergence(material: Material) -> dict[str, pa.Table]:
         ][0].as_py()
         series = [*((_step(one), one) for one in passed), (int(n_steps or _step(passed[-1]) + 1), final)]
         last = [final.winners(member) for member in final.members]
+        if any((votes < 0).any() for votes in last):
+            continue  # with until-decided not all votes are there
         agreements = []
         for step, one in series:
             row = {"architecture": final.architecture, "step": step}
@@ -206,14 +213,13 @@ def convergence(material: Material) -> dict[str, pa.Table]:
             for number, member in enumerate(one.members):
                 votes = one.winners(member)
                 agree.append((votes == last[number]).mean(axis=0))
-                held_out = one.held_out[number]
-                accuracy.append((votes[held_out] == one.labels[held_out, None]).mean(axis=0))
+                accuracy.append(_share_of_votes(votes, one.labels, one.held_out[number]))
             agreements.append(np.stack(agree))
             for what, values in (("agreement with the last step", agree), ("accuracy held out", accuracy)):
                 estimate = _rows(mean_over_members(np.stack(values), draws=DRAWS), is_share=True)
                 by_step += _by_probe({**row, "measure": what}, final, estimate)
             for split in SPLITS:
-                mean = mean_over_members(np.nanmean(one.depths(split), axis=1), draws=DRAWS)
+                mean = mean_over_members(_means(one.depth, one.of(split)), draws=DRAWS)
                 depths += [{**row, "split": split, **found} for found in _rows(mean)]
         reached = np.stack([_converged(series, np.stack(agreements)[:, member]) for member in range(len(last))])
         estimate = _rows(mean_over_members(reached, draws=DRAWS))
@@ -253,6 +259,8 @@ def corruption(material: Material) -> dict[str, pa.Table]:
             continue
         scores = dict(_suspicions(ensemble, material.networks))
         known = ~ensemble.in_test & np.logical_and.reduce([(~np.isnan(s)).any(axis=0) for s in scores.values()])
+        if not ensemble.corrupted[known].any():
+            continue
         for name, score in scores.items():
             score, wrong = score[:, known], ensemble.corrupted[known]
             filled, there = np.nan_to_num(score), (~np.isnan(score)).astype(np.float64)
@@ -260,6 +268,8 @@ def corruption(material: Material) -> dict[str, pa.Table]:
             def found(times: Array, filled: Array = filled, there: Array = there, wrong: Array = wrong) -> Array:
                 with np.errstate(invalid="ignore"):
                     means = times @ filled / (times @ there)
+                if not wrong[~np.isnan(means)].any():  # in a draw of members that say nothing of these points
+                    return np.full(2, np.nan)
                 detection = detect(means, wrong)
                 return np.array([detection.precision, detection.average_precision])
 
@@ -329,16 +339,13 @@ def neighbours(material: Material) -> dict[str, pa.Table]:
             for k in ks:
                 row = {"architecture": ensemble.architecture, "split": split, "k": k}
                 right = np.stack(
-                    [
-                        (votes[k] == ensemble.labels[:, None])[here].mean(axis=0) if here.any() else _none(votes[k])
-                        for votes, here in zip(found, where, strict=True)
-                    ]
+                    [_share_of_votes(votes[k], ensemble.labels, here) for votes, here in zip(found, where, strict=True)]
                 )
                 by_layer += _by_probe(row, ensemble, _rows(mean_over_members(right, draws=DRAWS), is_share=True))
-                depth = masked(_depths(found, k, ensemble, asked), where)
+                depth = _depths(found, k, ensemble, asked)
+                mean = mean_over_members(_means(depth, where), draws=DRAWS)
                 usual = masked(ensemble.depth[asked], where)
-                mean = mean_over_members(np.nanmean(depth, axis=1), draws=DRAWS)
-                same = rank_correlation(depth, usual, draws=DRAWS)
+                same = rank_correlation(masked(depth, where), usual, draws=DRAWS)
                 for measure, estimate in (("mean depth", mean), ("rank correlation with the run's", same)):
                     depths += [{**row, "measure": measure, **one} for one in _rows(estimate)]
     return _tables({"probe_accuracy_by_k": by_layer, "depth_by_k": depths})
@@ -349,8 +356,16 @@ def _depths(found: Sequence[Mapping[int, Array]], k: int, ensemble: Ensemble, as
     return np.stack([depth_from_votes(votes[k], ensemble.prediction[number]) for votes, number in pairs])
 
 
-def _none(votes: Array) -> Array:
-    return np.full(votes.shape[1], np.nan)
+def _share_of_votes(votes: Array, labels: Array, where: Array) -> Array:
+    """How often each probe's vote, int [N, P], is the label, of points where: bool [N]; float64 [P], or NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((votes[where] == labels[where, None]).sum(axis=0) / where.sum())
+
+
+def _means(values: Array, where: Array) -> Array:
+    """Mean over the points of each member, both [M, N], where: bool; float64 [M], NaN of no points."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((values * where).sum(axis=1) / where.sum(axis=1))
 
 
 def _share(ensemble: Ensemble, chosen: Array, labels: Array) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from leadline.config import load_config
 from leadline.embedding.extract import float32_products
 from leadline.errors import LeadlineError
 from leadline.knn import Bank, count_votes
@@ -19,6 +20,7 @@ from leadline.knn.arrays import Array, Shards
 from leadline.layers import open_layers
 from leadline.points import Points, open_points
 from leadline.query import Run
+from leadline.store.files import read_json
 from leadline.store.tables import read_table, write_table
 from leadline.stored_member import StoredMember
 from leadline.study.margins import adversarial_input_margin
@@ -48,11 +50,10 @@ class Networks:
         place = self._folder / f"member={member}" / "part-0.parquet"
         if not place.exists():
             self._tell(f"{member}: softmax and input margins of all points")
-            write_table(place, ANSWERS, [self._ask(member)], self._stamps)
+            write_table(place, ANSWERS, [self._ask(member)], self._stamps(member))
         table = read_table(place)
-        if (table.schema.metadata or {}).get(b"leadline.configuration", b"").decode() != self._run.manifest[
-            "fingerprint"
-        ]:
+        found = table.schema.metadata or {}
+        if any(found.get(key.encode(), b"").decode() != stamp for key, stamp in self._stamps(member).items()):
             raise LeadlineError(f"{place}: answers for another run; give -o another folder, or delete this one")
         softmax = table["softmax"].combine_chunks().values.to_numpy().reshape(len(table), -1)
         return Answers(softmax, table["input_margin"].to_numpy())
@@ -81,8 +82,6 @@ class Networks:
     def points(self) -> Points:
         """Raises LeadlineError where they have changed since the run was made."""
         if self._points is None:
-            from leadline.config import load_config
-
             self._points = open_points(load_config(self._run.manifest["configuration"]).points)
             if self._points.fingerprint() != self._run.manifest["data"]["fingerprint"]:
                 raise LeadlineError(
@@ -91,11 +90,12 @@ class Networks:
                 )
         return self._points
 
-    @property
-    def _stamps(self) -> dict[str, str]:
+    def _stamps(self, member: str) -> dict[str, str]:
+        trained = read_json(self._run.directory.record("train", member))
         return {
             "leadline.configuration": self._run.manifest["fingerprint"],
             "leadline.data": self._run.manifest["data"]["fingerprint"],
+            "leadline.weights": trained["weights_fingerprint"],
         }
 
     def _ask(self, member: str) -> pa.Table:
