@@ -215,6 +215,22 @@ def test_what_cannot_fit_is_refused_with_what_to_change():
         planned(TINY, cpus=1)
 
 
+def test_a_training_that_is_watched_runs_all_points_through_the_network_at_each_checkpoint():
+    (entry,) = TINY["members"]
+    recipe = {**entry["training"], "steps": 100, "learning": {"per_decade": 1, "per_epoch": 0}}  # at 0, 1, 10 and 100
+    plain, watched = (
+        stages(planned({**TINY, "members": [{**entry, "training": training}]}))["train"]
+        for training in ({**recipe, "learning": None}, recipe)
+    )
+    n, passes, members = 1797, 4, entry["count"]
+    layers = 64 * 24 + 24 * 24 + 24 * 10
+    assert watched.flops - plain.flops == 2 * layers * n * passes * members
+    assert watched.seconds - plain.seconds == pytest.approx(members * n * (1e-4 * passes + 1e-5))
+    assert (
+        watched.read - plain.read == watched.memory - plain.memory + (members - 1) * 4 * 64 * n == members * 4 * 64 * n
+    )
+
+
 def test_memory_of_training_grows_with_what_the_backward_pass_needs():
     """Of a network of one hidden layer: its input, and the layer before and after its ReLU."""
     entry = {"architecture": "mlp", "parameters": {"width": 50, "depth": 2}, "training": {"steps": 1}}

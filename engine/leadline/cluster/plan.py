@@ -23,7 +23,7 @@ from leadline.embedding.reductions import parse_reduction, stored_width
 from leadline.knn.choice import candidates
 from leadline.knn.exact import SPARE, cut, fits_memory
 from leadline.members.probes import Probe
-from leadline.members.train import is_resident
+from leadline.members.train import checkpoint_steps, is_resident, steps_per_epoch
 from leadline.store.schemas import DEPTHS, VOTE_FIELDS
 from leadline.store.tables import ROWS
 
@@ -373,6 +373,7 @@ class _Reckoning:
                 stage.read += kept or 4 * values * recipe.steps * batch
                 stage.seconds += self.rates.read * (n if kept else recipe.steps * batch)
                 needed = 3 * network.weights + kept + batch * (network.saved + 4 * values)  # with gradients, momentum
+                needed += self._watch(stage, member, n)
             if fitted:
                 needed += max(search_bytes(p.width, r.size[0]) for p, r in fitted)
                 sample = min(n, max(SAMPLE, SAMPLE_OF_EACH * max(r.size[0] for _, r in fitted)))
@@ -380,6 +381,20 @@ class _Reckoning:
                 stage.flops += passed * network.forward
                 stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
             self._takes(stage, needed, kept + network.weights)
+
+    def _watch(self, stage: Stage, member: Member, n_bank: int) -> int:
+        """All points are run through the network at each checkpoint. Returns the bytes that are kept for that."""
+        recipe, points = member.config.training, self.graph.points
+        if recipe is None or recipe.learning is None:
+            return 0
+        size = 4 * math.prod(self._input.shape)
+        passes = len(checkpoint_steps(recipe.steps, steps_per_epoch(n_bank, recipe.batch), recipe.learning))
+        kept = size * points if is_resident(points, self._input.shape) else 0
+        read = points if kept else points * passes
+        stage.flops += self.networks[member.architecture].forward * points * passes
+        stage.read += size * read
+        stage.seconds += self.rates.embed[member.architecture] * points * passes + self.rates.read * read
+        return kept
 
     def _embed(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph, engine = self.graph, self.graph.config.engine
