@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import TINY
+from tiny import TINY, WATCHED
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,14 @@ def tiny_run(tmp_path_factory):
     import leadline
 
     return leadline.run(TINY, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def watched_run(tmp_path_factory):
+    """A finished run of digits with a table of learning of two of its three members, to be read and not changed."""
+    import leadline
+
+    return leadline.run(WATCHED, tmp_path_factory.mktemp("runs") / "watched")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,20 @@ TINY = {
     "engine": {"workers": 2, "batch_size": 64, "shard_size": 256, "query_block": 300, "group_size": 2},
 }
 
+# Two members whose training is watched, and the first of them again with nobody looking on.
+WATCHED = {
+    **TINY,
+    "name": "watched",
+    "members": [
+        {
+            **TINY["members"][0],
+            "count": 2,
+            "training": {**TINY["members"][0]["training"], "learning": {"per_decade": 4, "per_epoch": 2}},
+        },
+        {**TINY["members"][0], "count": 1, "name": "plain"},
+    ],
+}
+
 
 def tables_of(run: Path) -> dict[str, pa.Table]:
     """Every table of a run, by its file's name, as columns of plain values (no metadata, which tells the sharding)."""

@@ -134,6 +134,21 @@ def query(
     _write(leadline.open(run).sql(sql), output)
 
 
+@app.command("import")
+def import_command(
+    run: RunPath,
+    member: Annotated[str, typer.Argument(metavar="MEMBER", help="of the run, as in members.parquet")],
+    log: Annotated[Path, typer.Argument(metavar="LOG.parquet", help="step, point_id or key, prediction or logits")],
+) -> None:
+    """Tell a finished run how a member that was trained elsewhere learned the points; again replaces it."""
+    from leadline.learning_import import import_learning
+    from leadline.store import RunDirectory
+    from leadline.store.places import place_of
+
+    steps = import_learning(RunDirectory(place_of(run)), member, log)
+    print(f"{run}: learning of {member}, {steps:,} steps")
+
+
 @app.command()
 def hardest(
     run: RunPath,
