@@ -1,4 +1,4 @@
-"""Learning from the log of a training elsewhere: the table that a run would have made, and logs that are not whole."""
+"""Learning from the log of a training elsewhere: the table that the run would have made; logs that are not whole."""
 
 import shutil
 import sys

@@ -10,16 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, embedded
+from tiny import TINY, WATCHED, embedded
 
+from leadline.cluster import units
 from leadline.cluster.described import describe_cluster, describe_points, without_downloads
 from leadline.cluster.graph import graph_of
 from leadline.cluster.plan import plan_of
 from leadline.cluster.rates import Law, Rates, Search, assumed, networks_of
 from leadline.cluster.units import UNITS
+from leadline.cluster.work import list_members
+from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
+from leadline.embedding import batch_logits
 from leadline.errors import LeadlineError
 from leadline.points import open_points
+from leadline.store import RunDirectory
+from leadline.store.tables import read_table
 
 CONVOLUTIONS = {"architecture": "resnet18", "parameters": {"width": 8, "depth": [1, 1, 1, 1]}}
 REDUCED = {
@@ -94,6 +100,34 @@ def test_units_and_bytes_are_those_that_the_work_leaves(tmp_path, config):
     assert made == {name: stage.units for name, stage in plan.items() if name not in ("train", "embed", "combine")}
     assert done == {name: stage.work for name, stage in plan.items() if name not in ("train", "embed", "combine")}
     assert plan["train"].units == len(members) and plan["embed"].units == len(bench.shards)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["inputs kept", "inputs read again"])
+def test_a_training_that_is_watched_passes_all_points_at_each_checkpoint(tmp_path, monkeypatch, keeps):
+    for module in ("plan", "units.embedding"):
+        monkeypatch.setattr(f"leadline.cluster.{module}.is_resident", lambda *about: keeps)
+    config = {**TINY, "members": [{**WATCHED["members"][0], "count": 1}]}
+    bench, (member,) = Workbench(load_config(config), {}, RunDirectory(tmp_path)), list_members(load_config(config))
+    read, inputs = [], bench.inputs
+    monkeypatch.setattr(bench, "inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+    passed = []
+    monkeypatch.setattr(
+        units.embedding, "batch_logits", lambda *about: passed.append(len(about[1])) or batch_logits(*about)
+    )
+    units.train(bench, member)
+    watched, plain = (stages(planned({**TINY, "members": [entry]}))["train"] for entry in (
+        config["members"][0], {**TINY["members"][0], "count": 1}
+    ))  # fmt: skip
+    graph = graph_of(bench.config, bench.points)
+    rates, network = rates_of(graph), networks_of(graph, bench.points)["mlp"]
+    assert sum(passed) == 14 * 1797
+    assert watched.flops - plain.flops == sum(passed) * network.forward
+    assert watched.read - plain.read == 4 * 64 * (sum(read) - 1)  # but the one input that probes are placed by
+    seconds = sum(passed) * rates.embed["mlp"] + (sum(read) - 1) * rates.read
+    assert watched.seconds - plain.seconds == pytest.approx(seconds)
+    assert watched.memory - plain.memory == 4 * 64 * 1797 * keeps
+    table = read_table(tmp_path / "learning" / "member=mlp-0" / "part-0.parquet")
+    assert watched.written - plain.written == pytest.approx(table.nbytes, rel=0.05)  # offsets of lists
 
 
 def test_units_are_those_of_a_run(tiny_run):
@@ -213,21 +247,6 @@ def test_what_cannot_fit_is_refused_with_what_to_change():
     assert "GPU memory" in line and "80 MB" in line and "engine.query_block" in line
     with pytest.raises(LeadlineError, match=r"2 workers .* 1 nodes of 1 CPUs"):
         planned(TINY, cpus=1)
-
-
-def test_a_training_that_is_watched_runs_all_points_through_the_network_at_each_checkpoint():
-    (entry,) = TINY["members"]
-    recipe = {**entry["training"], "steps": 100, "learning": {"per_decade": 1, "per_epoch": 0}}  # at 0, 1, 10 and 100
-    plain, watched = (
-        stages(planned({**TINY, "members": [{**entry, "training": training}]}))["train"]
-        for training in ({**recipe, "learning": None}, recipe)
-    )
-    n, passes, members = 1797, 4, entry["count"]
-    layers = 64 * 24 + 24 * 24 + 24 * 10
-    assert watched.flops - plain.flops == 2 * layers * n * passes * members
-    assert watched.seconds - plain.seconds == pytest.approx(members * n * (1e-4 * passes + 1e-5))
-    assert watched.memory - plain.memory == 4 * 64 * n
-    assert watched.read - plain.read == 4 * 64 * n * members
 
 
 def test_memory_of_training_grows_with_what_the_backward_pass_needs():

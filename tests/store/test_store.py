@@ -145,6 +145,42 @@ def test_tables_that_disagree_are_found(copy, name, column, change, words):
     assert any((words in fault and path.name in fault) or words in fault for fault in faults), faults
 
 
+def with_list(column, change, row=7):
+    def apply(table):
+        lists = table[column].to_pylist()
+        lists[row] = change(lists[row])
+        place = table.schema.get_field_index(column)
+        return table.set_column(place, table.schema.field(place), pa.array(lists, table.schema.field(place).type))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_column("point_id", add_one), "column point_id is not that of"),
+        (with_column("label", add_one), "column label is not that of"),
+        (with_column("in_training", flip), "column in_training is not that of"),
+        (with_column("iteration_learned", add_one), "iteration_learned of point 7"),
+        (with_list("predictions", lambda said: [*said[:-1], said[-1] + 1]), "last predictions are not those"),
+        (with_list("predictions", lambda said: [*said[:-1], None]), "last predictions are not those"),
+        (with_list("predictions", lambda said: [*said[:-2], said[-1] + 1, said[-1]]), "iteration_learned of point 7"),
+        (with_list("predictions", lambda said: said[1:]), "not one prediction for each step"),
+        (with_list("predictions", lambda said: None), "not one prediction for each step"),
+        (with_list("steps", lambda steps: [*steps[:-1], steps[-1] + 1]), "not the same of every point"),
+        (with_list("steps", lambda steps: [], row=0), "not one prediction for each step"),
+        (lambda table: table.slice(1), "1796 rows for 1797 points"),
+        (lambda table: table.drop_columns(["aum"]), "columns aum"),
+    ],
+)
+def test_a_table_of_learning_that_disagrees_is_found(watched_run, tmp_path, change, words):
+    shutil.copytree(watched_run.directory.root, tmp_path / "copy")
+    directory = RunDirectory(tmp_path / "copy")
+    rewrite(directory, directory.member_table("learning", "mlp-0"), change)
+    faults = verify(directory)
+    assert faults and any(words in fault for fault in faults), faults
+
+
 def test_nulls_where_votes_should_be_are_found(copy, until_decided_run, tmp_path):
     def without_a_vote(table):
         lists = table["runner_up"].to_pylist()

@@ -13,10 +13,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from leadline.cluster.graph import SHARE_OF_DISK, STAGES, Graph
 from leadline.cluster.rates import BACKWARD, Network, Rates
 from leadline.cluster.work import OUTPUTS, VOTES, Member, blocks, found_by_point, found_in_part, may_err, shard_edges
+from leadline.config import Learning, Training
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
@@ -24,7 +26,7 @@ from leadline.knn.choice import candidates
 from leadline.knn.exact import SPARE, cut, fits_memory
 from leadline.members.probes import Probe
 from leadline.members.train import checkpoint_steps, is_resident, steps_per_epoch
-from leadline.store.schemas import DEPTHS, VOTE_FIELDS
+from leadline.store.schemas import DEPTHS, LEARNING, VOTE_FIELDS
 from leadline.store.tables import ROWS
 
 # Stages that go on side by side; one such step of a group of members begins when the last has ended.
@@ -276,9 +278,11 @@ def _bytes(n: float) -> str:
     return f"{n:.3g} {unit}" if n < 1000 else f"{n:,.0f} {unit}"
 
 
-def _row_bytes() -> int:
-    """Of a table of depths, before it is compressed."""
-    return sum(max(1, kind.bit_width // 8) for kind in DEPTHS.types)
+def _row_bytes(schema: pa.Schema, listed: int = 0) -> int:
+    """Of a table before it is compressed; listed: values of each of its lists."""
+    lists = [kind.value_type for kind in schema.types if pa.types.is_list(kind)]
+    single = [kind for kind in schema.types if not pa.types.is_list(kind)]
+    return sum(max(1, kind.bit_width // 8) for kind in [*single, *lists * listed])
 
 
 def npy_bytes(dtype: Any, *shape: int) -> int:
@@ -351,7 +355,7 @@ class _Reckoning:
     def combine(self) -> Stage:
         """The driver's last step: tables of members, of probes, and of the ensemble."""
         n = self.graph.points * len(self.graph.members)
-        row = _row_bytes()
+        row = _row_bytes(DEPTHS)
         seconds = self.rates.reduce * 3 * n  # columns of depths, as many as three votes have
         seconds += TABLES * self.rates.file
         return Stage("combine", "points", 1, self.graph.points, read=n * row, seconds=seconds)
@@ -373,7 +377,8 @@ class _Reckoning:
                 stage.read += kept or 4 * values * recipe.steps * batch
                 stage.seconds += self.rates.read * (n if kept else recipe.steps * batch)
                 needed = 3 * network.weights + kept + batch * (network.saved + 4 * values)  # with gradients, momentum
-                needed += self._watch(stage, member, n)
+                if recipe.learning:
+                    needed += self._watch(stage, member, recipe, recipe.learning)
             if fitted:
                 needed += max(search_bytes(p.width, r.size[0]) for p, r in fitted)
                 sample = min(n, max(SAMPLE, SAMPLE_OF_EACH * max(r.size[0] for _, r in fitted)))
@@ -382,19 +387,17 @@ class _Reckoning:
                 stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
             self._takes(stage, needed, kept + network.weights)
 
-    def _watch(self, stage: Stage, member: Member, n_bank: int) -> int:
-        """All points are run through the network at each checkpoint. Returns the bytes that are kept for that."""
-        recipe, points = member.config.training, self.graph.points
-        if recipe is None or recipe.learning is None:
-            return 0
-        size = 4 * math.prod(self._input.shape)
-        passes = len(checkpoint_steps(recipe.steps, steps_per_epoch(n_bank, recipe.batch), recipe.learning))
-        kept = size * points if is_resident(points, self._input.shape) else 0
-        read = points if kept else points * passes
-        stage.flops += self.networks[member.architecture].forward * points * passes
-        stage.read += size * read
-        stage.seconds += self.rates.embed[member.architecture] * points * passes + self.rates.read * read
-        return kept
+    def _watch(self, stage: Stage, member: Member, recipe: Training, learning: Learning) -> int:
+        """Passes of all points at the checkpoints of a training. Returns the bytes of inputs that are kept for them."""
+        n, values = self.graph.points, math.prod(self._input.shape)
+        checkpoints = len(checkpoint_steps(recipe.steps, steps_per_epoch(self._bank(member), recipe.batch), learning))
+        keeps, passed = is_resident(n, self._input.shape), n * checkpoints
+        read = n if keeps else passed
+        stage.read += 4 * values * read
+        stage.written += n * _row_bytes(LEARNING, checkpoints)
+        stage.flops += passed * self.networks[member.architecture].forward
+        stage.seconds += read * self.rates.read + passed * self.rates.embed[member.architecture]
+        return 4 * values * n if keeps else 0
 
     def _embed(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         graph, engine = self.graph, self.graph.config.engine
@@ -591,7 +594,7 @@ class _Reckoning:
             stage.work += n
             stage.read += 2 * n * n_probes * VOTES.itemsize + n * OUTPUTS.itemsize
             row = 8 + 4 * len(VOTE_FIELDS) * n_probes
-            stage.written += n * (row + _row_bytes())
+            stage.written += n * (row + _row_bytes(DEPTHS))
             stage.seconds += n * n_probes * self.rates.reduce
             self._takes(stage, 3 * min(n, ROWS) * n_probes * VOTES.itemsize)
 
