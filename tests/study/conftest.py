@@ -1,4 +1,4 @@
-"""What the tests of the study share: a run that all analyses say something of, and one that most have nothing to ask."""
+"""What the tests of the study share: a run that all analyses say something of, and one that some do not."""
 
 import pyarrow.parquet as pq
 import pytest
