@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import TINY, WATCHED
+from tiny import STUDIED, TINY, WATCHED
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,14 @@ def watched_run(tmp_path_factory):
     import leadline
 
     return leadline.run(WATCHED, tmp_path_factory.mktemp("runs") / "watched")
+
+
+@pytest.fixture(scope="session")
+def studied_run(tmp_path_factory):
+    """A finished run of digits that every analysis of a study says something of, to be read and not changed."""
+    import leadline
+
+    return leadline.run(STUDIED, tmp_path_factory.mktemp("runs") / "studied")
 
 
 @pytest.fixture(scope="session")

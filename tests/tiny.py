@@ -40,6 +40,29 @@ WATCHED = {
     ],
 }
 
+# All that a study asks for: corrupted labels, training that is watched, networks in the midst of it.
+STUDIED = {
+    "name": "studied",
+    "points": {"source": "digits", "corrupt": {"share": 0.2}},
+    "members": [
+        {
+            "architecture": "mlp",
+            "parameters": {"width": 32, "depth": 3},
+            "count": 4,
+            "split": {"kind": "random", "share": 0.75},
+            "at_steps": [0, 20],
+            "training": {
+                "steps": 300,
+                "batch": 64,
+                "precision": "float32",
+                "learning": {"per_decade": 2, "per_epoch": 0},
+            },
+        }
+    ],
+    "k": 30,
+    "engine": {"workers": 2, "batch_size": 64},
+}
+
 
 def tables_of(run: Path) -> dict[str, pa.Table]:
     """Every table of a run, by its file's name, as columns of plain values (no metadata, which tells the sharding)."""

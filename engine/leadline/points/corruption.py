@@ -37,7 +37,8 @@ def relabelled(labels: NDArray[np.int32], parts: NDArray[np.uint8], classes: int
     not there, and a label for a point that is not in the training part.
     """
     try:
-        given = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            given = np.load(file, allow_pickle=False)
     except OSError as error:
         raise LeadlineError(
             f"points.relabel: {path}: {error.strerror or 'damaged'}; give an integer .npy file"

@@ -48,7 +48,7 @@ def write_study(
     this one by the analysis `accuracy`. What networks are asked again is kept in the folder. Analyses that need what
     the run has not got (corrupted labels, checkpoints, several members) give no table.
 
-    Raises LeadlineError for an unknown name and for a run that is not finished.
+    Raises LeadlineError for an unknown name, a run that is not finished, and one of others that is not this one again.
     """
     analyses: dict[str, Callable[[Material], dict[str, pa.Table]]] = {**ANALYSES, "accuracy": accuracy}
     unknown = [name for name in only if name not in analyses]
@@ -57,14 +57,13 @@ def write_study(
     ensembles = read_ensembles(run)
     material = material_of(ensembles, Networks(run, folder / "networks", tell))
     folder.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, pa.Table] = {}
+    tables = again(material, others) if not only or "accuracy" in only else {}
     sheets: list[str] = []
     for name, analysis in analyses.items():
         if not only or name in only:
             tell(name)
             tables |= analysis(material)
     if not only or "accuracy" in only:
-        tables |= again(material, others)
         for ensemble in material.ensembles:
             write_again(ensemble, folder / "again" / ensemble.architecture)
     if not only or "kinds" in only:

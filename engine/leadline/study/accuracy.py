@@ -14,6 +14,7 @@ import pyarrow as pa
 import yaml
 from scipy.special import entr
 
+from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.query import Run
 from leadline.store.files import replacing
@@ -229,15 +230,34 @@ def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
     """Accuracy on the untouched part of runs that were trained again, beside the run's; by member and as ensembles.
 
     Members are paired by their seeds; each is measured on the untouched points that it holds out in both runs.
+
+    Raises LeadlineError for a run that has no architecture with the same seeds and points, and untouched ones held out in both.
     """
     rows: list[Row] = []
     for run in others:
-        for other in read_ensembles(run):
-            for ensemble in material.ensembles:
-                if ensemble.architecture == other.architecture and len(ensemble.members) == len(other.members):
-                    row = {"architecture": ensemble.architecture, "run": run.manifest["name"]}
-                    rows += [{**row, **one} for one in _compared(ensemble, other)]
+        found = [
+            {"architecture": ensemble.architecture, "run": run.manifest["name"], **one}
+            for other in read_ensembles(run)
+            for ensemble in material.ensembles
+            if _is_again(other, ensemble)
+            for one in _compared(ensemble, other)
+        ]
+        if not found:
+            raise LeadlineError(
+                f"{run.directory.root}: no architecture of the run that is studied was trained again here, with its "
+                "seeds and its points, some untouched and held out in both; give runs of the configurations that the "
+                "study writes"
+            )
+        rows += found
     return _tables({"trained_again": rows})
+
+
+def _is_again(other: Ensemble, ensemble: Ensemble) -> bool:
+    return (
+        other.architecture == ensemble.architecture
+        and (other.entry.seed, other.entry.count) == (ensemble.entry.seed, ensemble.entry.count)
+        and np.array_equal(clean_labels(other), clean_labels(ensemble))
+    )
 
 
 def _compared(ensemble: Ensemble, other: Ensemble) -> list[Row]:

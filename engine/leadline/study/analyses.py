@@ -251,13 +251,13 @@ def corruption(material: Material) -> dict[str, pa.Table]:
     corrupted label; the same against the given label; 1 - self-confidence held out, p of the given label, as cleanlab
     ranks label issues (Northcutt, Jiang, Chuang, "Confident learning", JAIR 2021); and, where training was watched,
     -aum, forgetting events, el2n and -mean label probability in training. Means over members, so far as each says
-    something of a point; points of part train that have all scores.
+    something of a point; points of part train that have all scores. A score that no point has is left out.
     """
     rows: list[Row] = []
     for ensemble in material.ensembles:
         if not ensemble.corrupted.any():
             continue
-        scores = dict(_suspicions(ensemble, material.networks))
+        scores = {name: s for name, s in _suspicions(ensemble, material.networks) if not np.isnan(s).all()}
         known = ~ensemble.in_test & np.logical_and.reduce([(~np.isnan(s)).any(axis=0) for s in scores.values()])
         if not ensemble.corrupted[known].any():
             continue
