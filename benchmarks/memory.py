@@ -20,7 +20,7 @@ import leadline
 from leadline.report.status import status_of
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "ray")
-IMAGES, SIDE, CHANNELS, LAYERS = 3_000, 32, 64, 18  # widths of 64 x 32 x 32 values
+IMAGES, SIDE, CHANNELS, LAYERS = 1_200, 32, 64, 44  # widths of 64 x 32 x 32 values
 
 
 def write_images(folder: Path) -> None:
@@ -63,7 +63,7 @@ def main(
         ],
         "engine": {
             "memory_budget": budget, "scratch": str(out / "scratch"), "query_block": 2500, "shard_size": 1024,
-            "batch_size": 64, "workers": 2,
+            "batch_size": 8, "workers": 2,
         },
     }  # fmt: skip
     run = leadline.run(config, out / "run")
