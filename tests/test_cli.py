@@ -121,6 +121,7 @@ def test_a_folder_without_a_run_is_refused(refused, tmp_path):
         ["query", "SELECT 1"],
         ["status"],
         ["timeline", "-o", "run.svg"],
+        ["study"],
     ):
         assert "no run here" in refused(command[0], tmp_path, *command[1:])
     (tmp_path / "mine.txt").write_text("dear")
@@ -193,6 +194,22 @@ def test_unreadable_images_are_named(refused, tmp_path):
             (tmp_path / "train" / name / f"{i}.png").write_bytes(b"no image")
     tree = {**TINY, "points": {"source": "image-folder", "train": str(tmp_path / "train")}, "k": 2}
     assert "0.png" in refused("run", write(tmp_path / "c.yaml", tree), "--out", tmp_path / "run")
+
+
+def test_a_study_tells_its_page(leadline, refused, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run.directory.root
+    assert leadline("study", run, "--only", "members", "--only", "kinds") == (
+        0,
+        "study/tiny/page.md\n",
+        "kinds\nmembers\n",
+    )
+    page = Path("study/tiny/page.md").read_text()
+    assert "# Study of tiny" in page and "## Kinds of difficulty" in page and "## Rank correlations" not in page
+    code, out, _ = leadline("study", run, "-o", tmp_path / "mine", "--only", "layers")
+    assert (code, out) == (0, f"{tmp_path / 'mine' / 'page.md'}\n")
+    assert "'magic' is no analysis" in refused("study", run, "--only", "magic")
+    assert "no run here" in refused("study", run, "--again", tmp_path)
 
 
 def test_queries_in_every_format(leadline, tiny_run, tmp_path):

@@ -231,7 +231,8 @@ def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
 
     Members are paired by their seeds; each is measured on the untouched points that it holds out in both runs.
 
-    Raises LeadlineError for a run that has no architecture with the same seeds and points, and untouched ones held out in both.
+    Raises LeadlineError for a run that has no architecture with the same seeds and points, of which some are untouched
+    and held out in both.
     """
     rows: list[Row] = []
     for run in others:
