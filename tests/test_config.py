@@ -7,6 +7,10 @@ from leadline import LeadlineError
 from leadline.config import load_config
 
 ENTRY = STUDIED["members"][0]
+OWN = {
+    "architecture": "mlp", "name": "early", "parameters": {"width": 24, "depth": 3}, "count": 3,
+    "weights": "w-{seed}.pt", "checkpoint": {"of": "mlp", "step": 5},
+}  # fmt: skip
 
 
 def with_members(*entries):
@@ -43,8 +47,7 @@ def test_a_record_loaded_again_gives_the_same_entries():
 
 
 def test_weights_of_ones_own_are_checkpoints_too():
-    own = {"architecture": "mlp", "name": "early", "weights": "w-{seed}.pt", "checkpoint": {"of": "mlp", "step": 5}}
-    early = load_config(with_members(TINY["members"][0], own)).members[1]
+    early = load_config(with_members(TINY["members"][0], OWN)).members[1]
     assert (early.checkpoint.of, early.checkpoint.step) == ("mlp", 5)
 
 
@@ -58,6 +61,11 @@ def test_weights_of_ones_own_are_checkpoints_too():
         ([{"architecture": "mlp", "at_steps": [0]}], ["members.0", "at_steps needs training"]),
         ([ENTRY, {**ENTRY, "name": "mlp-at-20", "at_steps": []}], ["same name"]),
         ([{"architecture": "mlp", "checkpoint": {"of": "vgg", "step": 1}}], ["checkpoint", "has the name vgg"]),
+        ([{**OWN, "name": "mlp"}], ["checkpoint", "the name mlp and is a network at its last step"]),
+        ([TINY["members"][0], {**OWN, "count": 2}], ["checkpoint", "early has another count than mlp"]),
+        ([TINY["members"][0], {**OWN, "seed": 1}], ["checkpoint", "early has another seed than mlp"]),
+        ([TINY["members"][0], {**OWN, "split": {"kind": "part"}}], ["checkpoint", "another split than mlp"]),
+        ([TINY["members"][0], {**OWN, "probes": "auto"}], ["checkpoint", "another probes than mlp"]),
         ([{"architecture": "mlp", "checkpoint": {"of": "mlp"}}], ["members.0.checkpoint.step: required"]),
         ([{"architecture": "mlp", "checkpoint": {"of": "mlp", "step": -3}}], ["members.0.checkpoint.step", "-3"]),
     ],

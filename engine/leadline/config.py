@@ -333,12 +333,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _distinct_members(self) -> Self:
-        names = [member.label for member in self.members]
-        if len(set(names)) < len(names):
+        named = {member.label: member for member in self.members}
+        if len(named) < len(self.members):
             raise ValueError("two entries of members have the same name: give each its own with `name`")
         for member in self.members:
-            if member.checkpoint and member.checkpoint.of not in names:
-                raise ValueError(f"checkpoint: no entry of members has the name {member.checkpoint.of}")
+            if member.checkpoint:
+                _refuse_other_networks(member, named.get(member.checkpoint.of), member.checkpoint.of)
         return self
 
     @property
@@ -366,6 +366,17 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """SHA-256 of `record`, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_other_networks(earlier: MemberConfig, final: MemberConfig | None, name: str) -> None:
+    """A checkpoint is compared with the last step of its training member by member, probe by probe."""
+    if final is None or final.checkpoint:
+        raise ValueError(f"checkpoint: no entry of members has the name {name} and is a network at its last step")
+    for key in ("architecture", "parameters", "count", "seed", "split", "probes"):
+        if getattr(earlier, key) != getattr(final, key):
+            raise ValueError(
+                f"checkpoint: {earlier.label} has another {key} than {name}; give the same, as one network"
+            )
 
 
 def _in_full(method: str) -> str:

@@ -1,8 +1,13 @@
 """What the tests of the study share: a run that all analyses say something of, and one that some do not."""
 
+import shutil
+
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from leadline.query import open_run
+from leadline.store import RunDirectory
 from leadline.study import accuracy, analyses
 from leadline.study.analyses import material_of
 from leadline.study.ensembles import read_ensembles
@@ -28,6 +33,22 @@ def material(studied_run, tmp_path_factory):
 def tiny_material(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "networks"
     return material_of(read_ensembles(tiny_run), Networks(tiny_run, folder, lambda line: None))
+
+
+@pytest.fixture(scope="session")
+def undecided(studied_run, tmp_path_factory):
+    """The same, where the votes of one network at its first probe were not computed for some points."""
+    root = tmp_path_factory.mktemp("runs") / "undecided"
+    shutil.copytree(studied_run.directory.root, root)
+    file = RunDirectory(root).member_table("votes", "mlp-0")
+    table = pq.ParquetFile(file).read()
+    winner = table["winner"].to_pylist()
+    for point in range(0, 1797, 100):
+        winner[point][0] = None
+    place = table.column_names.index("winner")
+    pq.write_table(table.set_column(place, table.field(place), pa.array(winner, table.field(place).type)), file)
+    run = open_run(root)
+    return material_of(read_ensembles(run), Networks(run, root.with_name("networks"), lambda line: None))
 
 
 @pytest.fixture(scope="session")

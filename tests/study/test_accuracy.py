@@ -236,10 +236,17 @@ def test_labels_of_part_test_are_not_replaced(ensemble, tmp_path):
     assert (labels[in_test] == -1).all() and (labels[~in_test] >= 0).all()
 
 
-def test_no_configuration_where_nothing_is_marked(ensemble, tmp_path):
+def test_no_configuration_where_nothing_is_marked_or_was_trained(ensemble, tmp_path):
     right = replace(ensemble, prediction=np.tile(ensemble.labels, (4, 1)))
     assert not marks(right).any() and write_again(right, tmp_path / "again") == []
+    given = replace(ensemble, entry=ensemble.entry.model_copy(update={"training": None, "weights": "w-{seed}.pt"}))
+    assert marks(given).any() and write_again(given, tmp_path / "again") == []
     assert not (tmp_path / "again").exists()
+
+
+def test_votes_that_were_not_computed_choose_and_mark_nothing(undecided, tmp_path):
+    assert marks(undecided.ensembles[0]) is None and write_again(undecided.ensembles[0], tmp_path / "again") == []
+    assert set(accuracy(undecided)) == {"rejection", "risk_coverage"}
 
 
 def test_a_run_that_cannot_be_paired_is_refused(material, tiny_run):

@@ -20,7 +20,7 @@ from leadline.members.train import train
 from leadline.points import open_points
 from leadline.study.accuracy import accuracy
 from leadline.study.analyses import ANALYSES, Material, kinds_of, material_of, typical
-from leadline.study.ensembles import LEARNING
+from leadline.study.ensembles import LEARNING, OUTPUTS
 from leadline.study.kinds import KINDS
 
 SPLITS = {"held out": False, "training": True}
@@ -369,13 +369,36 @@ def test_other_numbers_of_neighbours(tables, members):
         assert 0 < values_of(tables["depth_by_k"], split=split, k=100, measure=same)[0] < 1
 
 
-def first_member(ensemble):
-    arrays = ("in_training", "prediction", "confidence", "margin", "entropy", "depth")
+def test_votes_that_were_not_computed_are_not_taken_for_wrong(undecided, tables, material):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = {name: ANALYSES[name](undecided) for name in ("kinds", "layers", "convergence", "corruption")}
+    assert found["convergence"] == {}
+    scores = {row["score"] for row in found["corruption"]["corrupted_labels"].to_pylist()}
+    assert scores == {row["score"] for row in tables["corrupted_labels"].to_pylist()} - {
+        "depth in training, against the given label"
+    }
+    # One network has no share at that probe, and all others are as before.
+    for row, usual in zip(
+        found["layers"]["probe_accuracy"].to_pylist(), tables["probe_accuracy"].to_pylist(), strict=True
+    ):
+        if row["probe"]:
+            assert row == usual
+        else:
+            assert row["n"] in (3, 4) and row["value"] == pytest.approx(usual["value"], abs=0.1)
+    rest = replace_members(material.ensembles[0], slice(1, None))
+    (told,) = ANALYSES["layers"](Material([rest], [], material.networks)).values()
+    where = {"split": "training", "points": "label uncorrupted", "against": "given label", "probe": 0}
+    assert values_of(found["layers"]["probe_accuracy"], **where) == values_of(told, **where)
+
+
+def replace_members(ensemble, kept):
+    """An ensemble of some of the members, a slice."""
     return replace(
         ensemble,
-        members=ensemble.members[:1],
-        learning={name: values[:1] for name, values in ensemble.learning.items()},
-        **{name: getattr(ensemble, name)[:1] for name in arrays},
+        members=ensemble.members[kept],
+        learning={name: values[kept] for name, values in ensemble.learning.items()},
+        **{name: getattr(ensemble, name)[kept] for name in ("in_training", *OUTPUTS)},
     )
 
 
@@ -383,7 +406,7 @@ def first_member(ensemble):
 def test_what_a_run_has_not_got_gives_no_table_and_no_warning(tiny_material, material, ensemble, poor):
     one, networks = tiny_material.ensembles[0], tiny_material.networks
     if poor == "one member":
-        one, networks = first_member(ensemble), material.networks
+        one, networks = replace_members(ensemble, slice(1)), material.networks
     elif poor == "nothing held out":
         one, networks = replace(ensemble, in_training=np.ones_like(ensemble.in_training)), material.networks
     elif poor == "nothing corrupted held out":

@@ -189,12 +189,12 @@ def marks(ensemble: Ensemble) -> Array | None:
 def write_again(ensemble: Ensemble, folder: Path) -> list[Path]:
     """Configurations that train again without the points that depth marks, and with the class that members held out
     give them; with the ids and labels that they need. Returns their files: drop.yaml and relabel.yaml; none where
-    nothing can be marked.
+    nothing can be marked, and for networks that the run did not train.
 
     Members and seeds stay those of the run, and all points of a member's split but the marked ones.
     """
     marked = marks(ensemble)
-    if marked is None or not marked.any():
+    if marked is None or not marked.any() or ensemble.entry.training is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for number, member in enumerate(ensemble.members):
