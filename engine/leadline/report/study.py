@@ -1,6 +1,7 @@
 """A study's tables as files, figures and a page."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -170,7 +171,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iter
 
 def _plain(text: str) -> str:
     """A name that a user gave, such that it is text in a page and in a cell of a table."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return re.sub(r"([\\|`\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def _shown(value: Any) -> Any:
@@ -197,7 +198,11 @@ def _lines(
         ),
     )  # fmt: skip
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
-    band = base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=title), y2="high:Q")
+    band = (
+        base.transform_filter("isValid(datum.low)")
+        .mark_area(opacity=0.2)
+        .encode(y=alt.Y("low:Q", title=title), y2="high:Q")
+    )
     line = base.mark_line(point=points, strokeWidth=1.5).encode(y=y)
     layer = alt.layer(band, line).properties(width=WIDTH, height=HEIGHT)
     return layer.facet(alt.Facet("panel:N", title=None, sort=None), columns=3).resolve_scale(y="independent")
@@ -209,7 +214,8 @@ def _dots(rows: list[dict[str, Any]], label: str, panels: Sequence[str], title: 
     base = alt.Chart(alt.Data(values=data)).encode(
         y=alt.Y(f"{label}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260))
     )
-    rule = base.mark_rule(color=COLOURS[0], strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q")
+    known = base.transform_filter("isValid(datum.low)")
+    rule = known.mark_rule(color=COLOURS[0], strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q")
     dot = base.mark_point(color=COLOURS[0], filled=True, size=50).encode(
         x=alt.X("value:Q", title=title, scale=alt.Scale(zero=False))
     )

@@ -73,8 +73,8 @@ def _read_outs(ensemble: Ensemble) -> list[Row]:
     measured = ensemble.held_out & last
     of_ensembles = _majorities(ensemble, [ensemble.prediction, np.stack(answers)], clean_labels(ensemble), measured)
     told = {
-        "members, plain": _rows(mean_over_members(np.array(plain), draws=DRAWS))[0],
-        "members, early read-out": _rows(mean_over_members(np.array(chosen), draws=DRAWS))[0],
+        "members, plain": _rows(mean_over_members(np.array(plain), draws=DRAWS), is_share=True)[0],
+        "members, early read-out": _rows(mean_over_members(np.array(chosen), draws=DRAWS), is_share=True)[0],
         "members, gain": _rows(mean_over_members(gain, draws=DRAWS))[0],
         "ensemble, plain": of_ensembles[0],
         "ensemble, early read-out": of_ensembles[1],

@@ -275,7 +275,7 @@ def corruption(material: Material) -> dict[str, pa.Table]:
 
             values = over_members(found, len(score), draws=DRAWS)
             for place, measure in enumerate(("precision = recall", "average precision")):
-                value, low, high = (_number(one[place]) for one in values)
+                value, low, high = (_number(np.clip(one[place], 0, 1)) for one in values)
                 row = {"architecture": ensemble.architecture, "score": name, "measure": measure}
                 rows.append({**row, "value": value, "low": low, "high": high, "n": len(wrong)})
     return _tables({"corrupted_labels": rows})
