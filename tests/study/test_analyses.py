@@ -402,16 +402,13 @@ def replace_members(ensemble, kept):
     )
 
 
-@pytest.mark.parametrize("poor", ["plain", "one member", "nothing held out", "nothing corrupted held out"])
+@pytest.mark.parametrize("poor", ["plain", "one member", "nothing held out"])
 def test_what_a_run_has_not_got_gives_no_table_and_no_warning(tiny_material, material, ensemble, poor):
     one, networks = tiny_material.ensembles[0], tiny_material.networks
     if poor == "one member":
         one, networks = replace_members(ensemble, slice(1)), material.networks
     elif poor == "nothing held out":
         one, networks = replace(ensemble, in_training=np.ones_like(ensemble.in_training)), material.networks
-    elif poor == "nothing corrupted held out":
-        one = replace(ensemble, in_training=ensemble.in_training | ensemble.corrupted)
-        networks = material.networks
     every = {**ANALYSES, "accuracy": accuracy}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -424,6 +421,11 @@ def test_what_a_run_has_not_got_gives_no_table_and_no_warning(tiny_material, mat
     assert (found["kinds"] == set()) == (poor in ("one member", "nothing held out"))
     rejected = {"early_read_out", "rejection", "risk_coverage"}
     assert found["accuracy"] == (set() if poor == "nothing held out" else rejected)
+
+
+def test_no_detection_where_no_corrupted_point_has_all_scores(ensemble, material):
+    inside = replace(ensemble, in_training=ensemble.in_training | ensemble.corrupted)
+    assert ANALYSES["corruption"](Material([inside], [], material.networks)) == {}
 
 
 def test_a_run_of_checkpoints_alone_is_refused(material):
