@@ -101,8 +101,9 @@ def _write_parquet(_: Run, table: pa.Table, beside: Path) -> None:
 
 
 def _write_npz(_: Run, table: pa.Table, beside: Path) -> None:
+    arrays: dict[str, Any] = {name: _as_array(table[name]) for name in table.column_names}
     with beside.open("wb") as opened:  # a name without .npz would be given one
-        np.savez_compressed(opened, **{name: _as_array(table[name]) for name in table.column_names})
+        np.savez_compressed(opened, **arrays)
 
 
 def _as_array(column: pa.ChunkedArray) -> Array:

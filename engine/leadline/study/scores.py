@@ -59,8 +59,9 @@ def _scores(run: Run, architecture: str) -> pa.Table:
     columns = [*(f"points.{column}" for column in POINT), *(f"ensemble.{column}" for column in ENSEMBLE)]
     learned, join = "", ""
     if run.directory.has_table("learning"):
+        # In the order of members, or rounding would be another at every call.
         measures = {
-            f"{statistic}_{measure}_{split}": f"{function}({measure}::DOUBLE) FILTER ({where})"
+            f"{statistic}_{measure}_{split}": f"{function}({measure}::DOUBLE ORDER BY member) FILTER ({where})"
             for measure in LEARNING
             for split, where in SPLITS.items()
             for statistic, function in (("mean", "avg"), ("std", "stddev_samp"))
