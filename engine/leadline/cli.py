@@ -204,6 +204,22 @@ def study(
     print(write_study(opened, folder, only or (), others, _tell))
 
 
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[str, typer.Option(help="csv, npz, parquet, cleanlab or fiftyone")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="by default <name of the run>-scores.<ending>")
+    ] = None,
+    architecture: Annotated[str | None, typer.Option(metavar="NAME", help="by default all of them")] = None,
+) -> None:
+    """Write every score of every point into a file, with ids, keys, labels and fingerprints."""
+    import leadline
+    from leadline.study.export import export_scores
+
+    print(export_scores(leadline.open(run), to, out, architecture))
+
+
 @bench_app.command("knn")
 def bench_knn(
     source: Annotated[
