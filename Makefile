@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/leadline run digits
 
-# Searches are tested on all cores. Runs take all cores themselves, but wait for Ray much of the time: two files go at once.
+# Searches are tested on all cores; runs take all cores themselves, one after another.
 test: check
 	$(BIN)/python -m pytest -m "not slow" -n auto tests/knn
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/knn
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/knn
 
 test-all: check
 	$(BIN)/python -m pytest -n auto tests/knn

@@ -60,7 +60,7 @@ def until_decided_run(tmp_path_factory):
     config.write_text(yaml.safe_dump({**TINY, "votes": "until-decided", "engine": engine}))
     command = [str(Path(sys.executable).with_name("leadline")), "run", str(config), "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not list(run.glob("units/share/*.json")) and driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         driver.send_signal(signal.SIGKILL)
