@@ -14,10 +14,9 @@ from leadline.embedding.reductions import stored_width
 from leadline.errors import LeadlineError, one_line
 from leadline.knn.arrays import Array, copied
 from leadline.knn.exact import refuse_non_finite
-from leadline.points import open_points
 from leadline.query import open_run
 from leadline.store.tables import read_table
-from leadline.stored_member import StoredMember
+from leadline.stored_member import StoredMember, stored_points
 
 LABELS, PREDICTIONS, TRAINING = "labels", "predictions", "training"
 K = 30
@@ -85,9 +84,7 @@ def _of_run(path: Path, name: str | None, device: str) -> Layers:
         raise LeadlineError(f"{path}: the run is not finished; finish it with the command that began it")
     name = name or str(run.sql("SELECT min(member) FROM members")[0][0].as_py())
     member = StoredMember(run.directory, run.manifest, name, device)
-    points = open_points(member.config.points)
-    if points.fingerprint() != run.manifest["data"]["fingerprint"]:
-        raise LeadlineError(f"{path}: its data have changed since it was made; restore them, or make the run anew")
+    points = stored_points(run.directory, run.manifest)
     depths = read_table(run.directory.member_table("depths", name))
 
     @contextmanager

@@ -77,13 +77,19 @@ class Run:
                 if self.directory.has_table(name):
                     self._offer(name, connection)
             if isinstance(self.directory.root, Path):
-                connection.execute(f"SET allowed_directories = [{_quoted(str(self.directory.root) + '/')}]")
+                connection.execute(f"SET allowed_directories = [{quoted(str(self.directory.root) + '/')}]")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
             try:
                 return connection.sql(query).to_arrow_table()
             except duckdb.Error as error:
                 raise LeadlineError(f"query: {one_line(error)}") from None
+
+    def refuse_unfinished(self) -> None:
+        """Raises LeadlineError where not all of its tables are there."""
+        status = self.manifest.get("status")
+        if status != "complete":
+            raise LeadlineError(f"{self.directory.root}: the run is {status}; finish it with the command that began it")
 
     def depth_of(
         self, member: str, points: Any = None, *, embeddings: Sequence[Any] | None = None, predictions: Any = None
@@ -115,7 +121,7 @@ class Run:
         extension, which it would have to download.
         """
         if isinstance(self.directory.root, Path):
-            files = _quoted(self.directory.files(name))
+            files = quoted(self.directory.files(name))
             connection.execute(
                 f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
                 "hive_types_autocast = false)"
@@ -159,5 +165,6 @@ def open_run(uri: str | Path) -> Run:
     return Run(RunDirectory(place_of(uri)))
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"

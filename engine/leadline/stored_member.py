@@ -16,10 +16,20 @@ from leadline.knn.arrays import Array
 from leadline.members.architectures import build
 from leadline.members.probes import Probe
 from leadline.members.weights import load_weights, weights_fingerprint
-from leadline.points import Points
+from leadline.points import Points, open_points
 from leadline.store import RunDirectory
 from leadline.store.files import fetched, read_json, writing_rows
 from leadline.store.tables import read_table
+
+
+def stored_points(directory: RunDirectory, manifest: dict[str, Any]) -> Points:
+    """The points of a run, opened again. Raises LeadlineError where they are not those that it was made of."""
+    points = open_points(load_config(manifest["configuration"]).points)
+    if points.fingerprint() != manifest["data"]["fingerprint"]:
+        raise LeadlineError(
+            f"{directory.root}: its data have changed since it was made; restore them, or make the run anew"
+        )
+    return points
 
 
 class StoredMember:

@@ -154,7 +154,7 @@ class Workbench:
         n_bytes = self._ready[1].size_bytes
         self._ready = None
         if n_bytes > COLLECTED:
-            gc.collect()  # where loops were compiled for it, what that left behind still holds it
+            gc.collect()  # a worker was once seen to hold the last one still; why is not known
 
     def bank(self, rows: Rows) -> Bank:
         """Rows made ready for exact search."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from leadline.errors import LeadlineError
 from leadline.points import TRAIN
+from leadline.points.arrays import load_npy
 
 if TYPE_CHECKING:
     from leadline.config import FileSplit, SplitConfig
@@ -35,13 +36,7 @@ def training_ids(split: "SplitConfig", parts: NDArray[np.uint8], seed: int) -> N
 
 def _ids_from_file(split: "FileSplit", n_points: int, seed: int) -> NDArray[np.int64]:
     path = path_of_seed("split", split.path, seed)
-    try:
-        with path.open("rb") as file:
-            ids = np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise LeadlineError(f"split {path}: {error.strerror or 'damaged'}; give an integer .npy file") from error
-    except Exception as error:  # numpy raises many kinds for a damaged file
-        raise LeadlineError(f"split {path}: not a .npy file of numbers; write one with numpy.save") from error
+    ids = load_npy("split", path)
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "several arrays"
         raise LeadlineError(f"split {path}: it holds {what}; give one row of integer ids")

@@ -1,12 +1,29 @@
-"""Inputs that lie in one array, in memory or mapped from a file."""
+"""Inputs that lie in one array, in memory or mapped from a file, and arrays that a configuration names."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leadline.errors import LeadlineError
+
 _BLOCK_BYTES = 1 << 24
+
+
+def load_npy(what: str, path: Path) -> Any:
+    """What lies in a user's .npy file: an array, or several. what: who names it, for the error.
+
+    Raises LeadlineError for a file that cannot be read as numbers.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise LeadlineError(f"{what} {path}: {error.strerror or 'damaged'}; give an integer .npy file") from error
+    except Exception as error:  # numpy raises many kinds for a damaged file
+        raise LeadlineError(f"{what} {path}: not a .npy file of numbers; write one with numpy.save") from error
 
 
 class ArrayInputs:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leadline.errors import LeadlineError
+from leadline.points.arrays import load_npy
 from leadline.points.source import TRAIN
 
 
@@ -36,15 +37,7 @@ def relabelled(labels: NDArray[np.int32], parts: NDArray[np.uint8], classes: int
     path: .npy, int [N]. Raises LeadlineError for a file that is damaged or of another number of points, a class that is
     not there, and a label for a point that is not in the training part.
     """
-    try:
-        with path.open("rb") as file:
-            given = np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise LeadlineError(
-            f"points.relabel: {path}: {error.strerror or 'damaged'}; give an integer .npy file"
-        ) from None
-    except Exception as error:  # numpy raises many kinds for a damaged file
-        raise LeadlineError(f"points.relabel: {path}: not a .npy file of numbers; write one with numpy.save") from error
+    given = load_npy("points.relabel:", path)
     if not isinstance(given, np.ndarray) or given.shape != labels.shape or given.dtype.kind not in "iu":
         raise LeadlineError(f"points.relabel: {path}: give integers of shape {labels.shape}, -1 where a label stays")
     changed = given != -1

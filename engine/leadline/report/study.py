@@ -55,19 +55,19 @@ def write_study(
     unknown = [name for name in only if name not in analyses]
     if unknown:
         raise LeadlineError(f"--only: {unknown[0]!r} is no analysis; allowed: {', '.join(analyses)}")
+    chosen = [name for name in analyses if name in (only or analyses)]
     ensembles = read_ensembles(run)
     material = material_of(ensembles, Networks(run, folder / "networks", tell))
     folder.mkdir(parents=True, exist_ok=True)
-    tables = again(material, others) if not only or "accuracy" in only else {}
+    tables = again(material, others) if "accuracy" in chosen else {}
     sheets: list[str] = []
-    for name, analysis in analyses.items():
-        if not only or name in only:
-            tell(name)
-            tables |= analysis(material)
-    if not only or "accuracy" in only:
+    for name in chosen:
+        tell(name)
+        tables |= analyses[name](material)
+    if "accuracy" in chosen:
         for ensemble in material.ensembles:
             write_again(ensemble, folder / "again" / ensemble.architecture)
-    if not only or "kinds" in only:
+    if "kinds" in chosen:
         sheets = [sheet for ensemble in material.ensembles for sheet in _sheet(ensemble, material.networks, folder)]
     return _write_page(tables, folder, _about(run, ensembles), sheets)
 

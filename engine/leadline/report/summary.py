@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leadline.errors import LeadlineError
-from leadline.query import Run
+from leadline.query import Run, quoted
 
 BAR = 24  # characters of the longest bar of a histogram
 
@@ -49,7 +49,7 @@ def hardest(
     if settled_only:
         conditions.append("NOT d.unsettled")
     if architecture is not None:
-        conditions.append(f"m.architecture = {_text(architecture)}")
+        conditions.append(f"m.architecture = {quoted(architecture)}")
     if label is not None:
         conditions.append(f"d.label = {_label(run, label)}")
     return run.sql(f"""
@@ -79,14 +79,14 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
 
 
 def _probe_table(run: Run, architecture: str) -> Table:
-    n_members = len(run.sql(f"SELECT member FROM members WHERE architecture = {_text(architecture)}"))
+    n_members = len(run.sql(f"SELECT member FROM members WHERE architecture = {quoted(architecture)}"))
     rows = run.sql(f"""
         SELECT probe, name, any_value(width) AS width, {_mean_of_all("train_accuracy")} AS training,
             {_mean_of_all("held_out_accuracy")} AS "held out"
-        FROM probes WHERE architecture = {_text(architecture)} GROUP BY probe, name ORDER BY probe
+        FROM probes WHERE architecture = {quoted(architecture)} GROUP BY probe, name ORDER BY probe
     """)
     network = run.sql(f"""
-        SELECT avg(train_accuracy), avg(held_out_accuracy) FROM members WHERE architecture = {_text(architecture)}
+        SELECT avg(train_accuracy), avg(held_out_accuracy) FROM members WHERE architecture = {quoted(architecture)}
     """).to_pylist()[0]
     drawn = as_table(rows, f"{architecture}: probe accuracy by layer, mean of {n_members} members")
     drawn.add_section()
@@ -96,7 +96,7 @@ def _probe_table(run: Run, architecture: str) -> Table:
 
 def _print_methods(run: Run, architecture: str, console: Console) -> None:
     """Methods, reductions, choices and audits; nothing where all votes are exact as a matter of course."""
-    of_it = f"FROM probes WHERE architecture = {_text(architecture)}"
+    of_it = f"FROM probes WHERE architecture = {quoted(architecture)}"
     as_usual = "method = 'exact' AND choice IS NULL AND reduction = 'none'"
     if _column(run.sql(f"SELECT bool_and({as_usual}) {of_it}")) == [True]:
         return
@@ -114,7 +114,7 @@ def _print_methods(run: Run, architecture: str, console: Console) -> None:
     audited = run.sql(f"""
         SELECT count(*) AS n, avg(depth_agreement) AS agreement, min(depth_agreement_low) AS low,
             avg(depth_error) AS error, max(depth_error_high) AS high, any_value(audit_sample) AS sample
-        FROM members WHERE architecture = {_text(architecture)} AND audit_sample IS NOT NULL
+        FROM members WHERE architecture = {quoted(architecture)} AND audit_sample IS NOT NULL
     """).to_pylist()[0]
     if audited["n"]:
         console.print(
@@ -135,7 +135,7 @@ def _depth_table(run: Run, architecture: str, settled_only: bool) -> Table:
         SELECT d.depth, count(*) FILTER (d.in_training) AS training, count(*) FILTER (NOT d.in_training) AS held_out,
             avg((d.prediction = d.label)::DOUBLE) FILTER (NOT d.in_training) AS accuracy
         FROM depths d JOIN members m ON d.member = m.member
-        WHERE m.architecture = {_text(architecture)} {"AND NOT d.unsettled" if settled_only else ""}
+        WHERE m.architecture = {quoted(architecture)} {"AND NOT d.unsettled" if settled_only else ""}
         GROUP BY d.depth ORDER BY d.depth
     """).to_pylist()
     drawn = Table(title=f"{architecture}: points at each depth, all members", title_justify="left", box=SIMPLE_HEAD)
@@ -155,7 +155,7 @@ def _label(run: Run, label: str) -> int:
     if label.isdigit():
         found = _column(run.sql(f"SELECT DISTINCT label FROM points WHERE label = {int(label)}"))
     else:
-        found = _column(run.sql(f"SELECT DISTINCT label FROM points WHERE label_name = {_text(label)}"))
+        found = _column(run.sql(f"SELECT DISTINCT label FROM points WHERE label_name = {quoted(label)}"))
     if not found:
         names = _column(run.sql("SELECT DISTINCT label_name, label FROM points ORDER BY label LIMIT 10"))
         raise LeadlineError(f"--label: no point has {label!r}; labels are numbers or names such as {', '.join(names)}")
@@ -165,10 +165,6 @@ def _label(run: Run, label: str) -> int:
 def _column(table: pa.Table) -> list[Any]:
     values: list[Any] = table.column(0).to_pylist()
     return values
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,6 @@ marked by what the ensemble says of the training part.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,25 +17,26 @@ from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.query import Run
 from leadline.store.files import replacing
-from leadline.study.analyses import DRAWS, Material, Row, _means, _number, _rows, _tables, label_depths
+from leadline.study.analyses import DRAWS, Material, label_depths
 from leadline.study.ensembles import Ensemble, read_ensembles
-from leadline.study.rejection import early_read_out, risk_coverage, votes_from
+from leadline.study.rejection import early_read_out, read_outs, risk_coverage
 from leadline.study.relations import mean_over_members, over_members
+from leadline.study.rows import Row, means, row_of, rows_of, tables_of
 
 COVERAGES = 100  # points of a curve
 
 
 def accuracy(material: Material) -> dict[str, pa.Table]:
     """Early read-out, and rejection by depth, each beside the plain ensemble."""
-    read_outs: list[Row] = []
+    early: list[Row] = []
     rejections: list[Row] = []
     curves: list[Row] = []
     for ensemble in material.ensembles:
-        read_outs += _read_outs(ensemble)
+        early += _read_outs(ensemble)
         areas, curve = _rejection(ensemble, material)
         rejections += areas
         curves += curve
-    return _tables({"early_read_out": read_outs, "rejection": rejections, "risk_coverage": curves})
+    return tables_of({"early_read_out": early, "rejection": rejections, "risk_coverage": curves})
 
 
 def untouched(ensemble: Ensemble) -> Array:
@@ -44,11 +44,6 @@ def untouched(ensemble: Ensemble) -> Array:
     if ensemble.in_test.any():
         return np.asarray(ensemble.in_test)
     return np.asarray(np.arange(len(ensemble.labels)) % 2 == 1)
-
-
-def clean_labels(ensemble: Ensemble) -> Array:
-    """int [N], as they were before any corruption."""
-    return np.asarray(ensemble.labels if ensemble.clean_labels is None else ensemble.clean_labels)
 
 
 def _read_outs(ensemble: Ensemble) -> list[Row]:
@@ -62,36 +57,26 @@ def _read_outs(ensemble: Ensemble) -> list[Row]:
             return []  # with until-decided not all votes are there; without validation points there is no choice
         said = ensemble.prediction[number]
         # Validation has the labels that were given; what only measures, the clean ones.
-        labels = np.where(validation, ensemble.labels, clean_labels(ensemble))[held_out]
+        labels = np.where(validation, ensemble.labels, ensemble.true_labels)[held_out]
         ways = early_read_out(votes[held_out], said[held_out], labels, validation[held_out])
         names.append(ways.names[ways.best])
         plain.append(float(ways.on_others[0]))
         chosen.append(float(ways.on_others[ways.best]))
-        answers.append(_read(votes, said, ways.best))
+        answers.append(read_outs(votes, said)[:, ways.best])
     row = {"architecture": ensemble.architecture}
     gain = np.subtract(chosen, plain)
     measured = ensemble.held_out & last
-    of_ensembles = _majorities(ensemble, [ensemble.prediction, np.stack(answers)], clean_labels(ensemble), measured)
+    of_ensembles = _majorities(ensemble, [ensemble.prediction, np.stack(answers)], ensemble.true_labels, measured)
     told = {
-        "members, plain": _rows(mean_over_members(np.array(plain), draws=DRAWS), is_share=True)[0],
-        "members, early read-out": _rows(mean_over_members(np.array(chosen), draws=DRAWS), is_share=True)[0],
-        "members, gain": _rows(mean_over_members(gain, draws=DRAWS))[0],
+        "members, plain": rows_of(mean_over_members(np.array(plain), draws=DRAWS), is_share=True)[0],
+        "members, early read-out": rows_of(mean_over_members(np.array(chosen), draws=DRAWS), is_share=True)[0],
+        "members, gain": rows_of(mean_over_members(gain, draws=DRAWS))[0],
         "ensemble, plain": of_ensembles[0],
         "ensemble, early read-out": of_ensembles[1],
         "ensemble, gain": of_ensembles[2],
     }
     counted = ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
     return [{**row, "what": what, **one, "chosen": counted} for what, one in told.items()]
-
-
-def _read(votes: Array, said: Array, way: int) -> Array:
-    """The answer of a way of `early_read_out`, int [N]."""
-    n_probes = votes.shape[1]
-    if way == 0:
-        return said
-    if way <= n_probes:
-        return np.asarray(votes[:, way - 1])
-    return np.asarray(votes_from(votes)[:, way - 1 - n_probes])
 
 
 def _majorities(ensemble: Ensemble, answers: Sequence[Array], labels: Array, where: Array) -> list[Row]:
@@ -111,7 +96,7 @@ def _majorities(ensemble: Ensemble, answers: Sequence[Array], labels: Array, whe
         return np.array([plain, other, other - plain])
 
     values = over_members(found, len(ensemble.members), draws=DRAWS)
-    return [_estimate(values, place, len(ids)) for place in range(3)]
+    return [row_of(*one, len(ids)) for one in zip(*values, strict=True)]
 
 
 def _one_hot(answers: Array, where: Array, n_classes: int) -> Array:
@@ -129,7 +114,7 @@ def _rejection(ensemble: Ensemble, material: Material) -> tuple[list[Row], list[
         return [], []
     out = ensemble.held_out[:, ids].astype(np.float64)
     shares = np.stack([material.networks.answers(m).softmax[ids].astype(np.float64) for m in ensemble.members])
-    depths, labels = ensemble.depth[:, ids].astype(np.float64), clean_labels(ensemble)[ids]
+    depths, labels = ensemble.depth[:, ids].astype(np.float64), ensemble.true_labels[ids]
     names = ("softmax confidence", "ensemble entropy", "depth held out")
 
     def orders(times: Array) -> tuple[Array, list[Array]]:
@@ -150,7 +135,10 @@ def _rejection(ensemble: Ensemble, material: Material) -> tuple[list[Row], list[
     values = over_members(found, len(ensemble.members), draws=DRAWS)
     told = (*names, "depth less confidence", "depth less entropy")
     row = {"architecture": ensemble.architecture}
-    areas = [{**row, "ordered_by": name, **_estimate(values, place, len(ids))} for place, name in enumerate(told)]
+    areas = [
+        {**row, "ordered_by": name, **row_of(*one, len(ids))}
+        for name, one in zip(told, zip(*values, strict=True), strict=True)
+    ]
     right, confidences = orders(np.ones(len(ensemble.members), np.int64))
     curves = []
     for name, confidence in zip(names, confidences, strict=True):
@@ -173,8 +161,7 @@ def marks(ensemble: Ensemble) -> Array | None:
     inside, depths = ensemble.in_training, label_depths(ensemble)
     if depths is None:
         return None
-    with np.errstate(invalid="ignore"):
-        training = (depths * inside).sum(axis=0) / inside.sum(axis=0)
+    training = means(depths, inside, axis=0)
     train = ~ensemble.in_test & ~np.isnan(training)
     wrong = (ensemble.prediction != ensemble.labels) & ensemble.held_out & ~ensemble.in_test
     out = ensemble.held_out & ~ensemble.in_test
@@ -250,32 +237,27 @@ def again(material: Material, others: Sequence[Run]) -> dict[str, pa.Table]:
                 "study writes"
             )
         rows += found
-    return _tables({"trained_again": rows})
+    return tables_of({"trained_again": rows})
 
 
 def _is_again(other: Ensemble, ensemble: Ensemble) -> bool:
     return (
         other.architecture == ensemble.architecture
         and (other.entry.seed, other.entry.count) == (ensemble.entry.seed, ensemble.entry.count)
-        and np.array_equal(clean_labels(other), clean_labels(ensemble))
+        and np.array_equal(other.true_labels, ensemble.true_labels)
     )
 
 
 def _compared(ensemble: Ensemble, other: Ensemble) -> list[Row]:
-    clean = clean_labels(ensemble)
+    clean = ensemble.true_labels
     where = untouched(ensemble) & ensemble.held_out & other.held_out
     if not where.any(axis=1).all():
         return []
-    plain, trained = (_means(one.prediction == clean, where) for one in (ensemble, other))
+    plain, trained = (means(one.prediction == clean, where, axis=1) for one in (ensemble, other))
     of_members = {
         "members, plain": plain, "members, trained again": trained, "members, gain": trained - plain,
     }  # fmt: skip
     both = _majorities(ensemble, [ensemble.prediction, other.prediction], clean, where)
-    told = {name: _rows(mean_over_members(values, draws=DRAWS))[0] for name, values in of_members.items()}
+    told = {name: rows_of(mean_over_members(values, draws=DRAWS))[0] for name, values in of_members.items()}
     told |= dict(zip(("ensemble, plain", "ensemble, trained again", "ensemble, gain"), both, strict=True))
     return [{"what": what, **one} for what, one in told.items()]
-
-
-def _estimate(values: tuple[Any, ...], place: int, n: int) -> Row:
-    value, low, high = (_number(one[place]) for one in values)
-    return {"value": value, "low": low, "high": high, "n": n}

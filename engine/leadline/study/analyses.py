@@ -7,7 +7,6 @@ Every estimate is a row with `value`, `low`, `high` (of 95 %, over members, see 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +27,7 @@ from leadline.study.relations import (
     rank_correlation_between,
     stability,
 )
+from leadline.study.rows import Row, by_probe, means, row_of, rows_of, tables_of
 
 DRAWS = 200  # of members, for an interval
 SPLITS = ("held out", "training")
@@ -35,7 +35,6 @@ KS = (10, 30, 100)
 ASKED_AGAIN = 3  # members of an architecture that are searched by other numbers of neighbours
 CONVERGED = 0.95  # share of a probe's last agreement or accuracy from which on it counts as converged
 SHARES = ("accuracy", "consensus-consistency", "confidence", "mean label probability")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def relations(material: Material) -> dict[str, pa.Table]:
     Accuracy and consensus-consistency are of the members that hold a point out; the others of those that the depth is
     of. Between architectures: is depth a property of the point?
     """
-    means: list[Row] = []
+    by_depth: list[Row] = []
     correlations: list[Row] = []
     for ensemble in material.ensembles:
         for split in SPLITS:
@@ -62,20 +61,20 @@ def relations(material: Material) -> dict[str, pa.Table]:
                 row = {"architecture": ensemble.architecture, "split": split, "measure": measure}
                 edges = np.arange(ensemble.n_probes + 2) - 0.5
                 found = binned_means(depth, values, edges, draws=DRAWS)
-                means += [
+                by_depth += [
                     {**row, "depth": bin_, **one}
-                    for bin_, one in enumerate(_rows(found, measure in SHARES))
+                    for bin_, one in enumerate(rows_of(found, measure in SHARES))
                     if one["n"]
                 ]
-                correlations += [{**row, **one} for one in _rows(rank_correlation(depth, values, draws=DRAWS))]
+                correlations += [{**row, **one} for one in rows_of(rank_correlation(depth, values, draws=DRAWS))]
     between = [
         {"architecture": one.architecture, "other": other.architecture, "split": split, **row}
         for one, other in combinations(material.ensembles, 2)
         for split in SPLITS
-        for row in _rows(rank_correlation_between(one.depths(split), other.depths(split), draws=DRAWS))
+        for row in rows_of(rank_correlation_between(one.depths(split), other.depths(split), draws=DRAWS))
     ]
-    tables = {"relations_by_depth": means, "rank_correlations": correlations, "between_architectures": between}
-    return _tables(tables)
+    tables = {"relations_by_depth": by_depth, "rank_correlations": correlations, "between_architectures": between}
+    return tables_of(tables)
 
 
 def _measures(ensemble: Ensemble, networks: Networks, split: str) -> Iterator[tuple[str, Array]]:
@@ -118,9 +117,9 @@ def difficulty(material: Material) -> dict[str, pa.Table]:
             shares = np.stack([getattr(one, split.replace(" ", "_")) for one in found])
             estimate = mean_over_members(shares, draws=DRAWS)
             for number, name in enumerate(KINDS):
-                of_kind_rows = _rows(_at(estimate, number), is_share=True)
-                layers += _by_probe({**row, "kind": name, "split": split}, ensemble, of_kind_rows)
-    return _tables({"kinds": counts, "kinds_by_layer": layers})
+                of_kind_rows = rows_of(_at(estimate, number), is_share=True)
+                layers += by_probe({**row, "kind": name, "split": split}, ensemble.probes, of_kind_rows)
+    return tables_of({"kinds": counts, "kinds_by_layer": layers})
 
 
 def kinds_of(ensemble: Ensemble) -> tuple[Array, tuple[float, float]] | None:
@@ -151,11 +150,7 @@ def typical(ensemble: Ensemble, kind: Array, n: int) -> list[Array]:
 
 def mean_depths(ensemble: Ensemble) -> tuple[Array, Array]:
     """Mean depth of each point, float64 [N]: held out, and in training; NaN where no member says it."""
-    with np.errstate(invalid="ignore"):
-        held_out, training = (
-            (ensemble.depth * where).sum(axis=0) / where.sum(axis=0)
-            for where in (ensemble.held_out, ensemble.in_training)
-        )
+    held_out, training = (means(ensemble.depth, ensemble.of(split), axis=0) for split in SPLITS)
     return held_out, training
 
 
@@ -163,10 +158,9 @@ def layers(material: Material) -> dict[str, pa.Table]:
     """Probe accuracy by layer against given and clean labels: where networks generalise, and where they memorise."""
     rows: list[Row] = []
     for ensemble in material.ensembles:
-        clean = ensemble.labels if ensemble.clean_labels is None else ensemble.clean_labels
         references = {"given label": ensemble.labels}
         if ensemble.corrupted.any():
-            references["clean label"] = clean
+            references["clean label"] = ensemble.true_labels
         groups = {"label uncorrupted": ~ensemble.corrupted, "label corrupted": ensemble.corrupted}
         found: dict[tuple[str, ...], list[Array]] = {}
         for number, member in enumerate(ensemble.members):
@@ -179,8 +173,10 @@ def layers(material: Material) -> dict[str, pa.Table]:
                         found.setdefault((split, group, against), []).append(right.mean(axis=0))
         for (split, group, against), shares in found.items():
             row = {"architecture": ensemble.architecture, "split": split, "points": group, "against": against}
-            rows += _by_probe(row, ensemble, _rows(mean_over_members(np.stack(shares), draws=DRAWS), is_share=True))
-    return _tables({"probe_accuracy": rows})
+            rows += by_probe(
+                row, ensemble.probes, rows_of(mean_over_members(np.stack(shares), draws=DRAWS), is_share=True)
+            )
+    return tables_of({"probe_accuracy": rows})
 
 
 def convergence(material: Material) -> dict[str, pa.Table]:
@@ -199,10 +195,7 @@ def convergence(material: Material) -> dict[str, pa.Table]:
         passed.sort(key=_step)
         if not passed:
             continue
-        n_steps = final.run.sql(f"SELECT max(training_steps) AS n FROM members WHERE member = '{final.members[0]}'")[
-            "n"
-        ][0].as_py()
-        series = [*((_step(one), one) for one in passed), (int(n_steps or _step(passed[-1]) + 1), final)]
+        series = [*((_step(one), one) for one in passed), (_last_step(final, passed), final)]
         last = [final.winners(member) for member in final.members]
         if any((votes < 0).any() for votes in last):
             continue  # with until-decided not all votes are there
@@ -216,15 +209,15 @@ def convergence(material: Material) -> dict[str, pa.Table]:
                 accuracy.append(_share_of_votes(votes, one.labels, one.held_out[number]))
             agreements.append(np.stack(agree))
             for what, values in (("agreement with the last step", agree), ("accuracy held out", accuracy)):
-                estimate = _rows(mean_over_members(np.stack(values), draws=DRAWS), is_share=True)
-                by_step += _by_probe({**row, "measure": what}, final, estimate)
+                estimate = rows_of(mean_over_members(np.stack(values), draws=DRAWS), is_share=True)
+                by_step += by_probe({**row, "measure": what}, final.probes, estimate)
             for split in SPLITS:
-                mean = mean_over_members(_means(one.depth, one.of(split)), draws=DRAWS)
-                depths += [{**row, "split": split, **found} for found in _rows(mean)]
+                mean = mean_over_members(means(one.depth, one.of(split), axis=1), draws=DRAWS)
+                depths += [{**row, "split": split, **found} for found in rows_of(mean)]
         reached = np.stack([_converged(series, np.stack(agreements)[:, member]) for member in range(len(last))])
-        estimate = _rows(mean_over_members(reached, draws=DRAWS))
-        converged += _by_probe({"architecture": final.architecture}, final, estimate)
-    return _tables({"probes_by_step": by_step, "depth_by_step": depths, "step_of_convergence": converged})
+        estimate = rows_of(mean_over_members(reached, draws=DRAWS))
+        converged += by_probe({"architecture": final.architecture}, final.probes, estimate)
+    return tables_of({"probes_by_step": by_step, "depth_by_step": depths, "step_of_convergence": converged})
 
 
 def _of(ensemble: Ensemble) -> str | None:
@@ -234,6 +227,11 @@ def _of(ensemble: Ensemble) -> str | None:
 def _step(ensemble: Ensemble) -> int:
     assert ensemble.entry.checkpoint is not None
     return ensemble.entry.checkpoint.step
+
+
+def _last_step(final: Ensemble, passed: Sequence[Ensemble]) -> int:
+    """Of a training; where weights were given nobody knows it, and it is after the last checkpoint."""
+    return final.entry.training.steps if final.entry.training else _step(passed[-1]) + 1
 
 
 def _converged(series: Sequence[tuple[int, Ensemble]], agreement: Array) -> Array:
@@ -275,10 +273,10 @@ def corruption(material: Material) -> dict[str, pa.Table]:
 
             values = over_members(found, len(score), draws=DRAWS)
             for place, measure in enumerate(("precision = recall", "average precision")):
-                value, low, high = (_number(np.clip(one[place], 0, 1)) for one in values)
                 row = {"architecture": ensemble.architecture, "score": name, "measure": measure}
-                rows.append({**row, "value": value, "low": low, "high": high, "n": len(wrong)})
-    return _tables({"corrupted_labels": rows})
+                value, low, high = (np.clip(one[place], 0, 1) for one in values)
+                rows.append({**row, **row_of(value, low, high, len(wrong))})
+    return tables_of({"corrupted_labels": rows})
 
 
 def _suspicions(ensemble: Ensemble, networks: Networks) -> Iterator[tuple[str, Array]]:
@@ -319,8 +317,8 @@ def members(material: Material) -> dict[str, pa.Table]:
         for split in SPLITS if sizes else ():
             found = stability(ensemble.depths(split), sizes, draws=50)
             row = {"architecture": ensemble.architecture, "split": split}
-            rows += [{**row, "members": m, **one} for m, one in zip(sizes, _rows(found), strict=True)]
-    return _tables({"how_many_members": rows})
+            rows += [{**row, "members": m, **one} for m, one in zip(sizes, rows_of(found), strict=True)]
+    return tables_of({"how_many_members": rows})
 
 
 def neighbours(material: Material) -> dict[str, pa.Table]:
@@ -341,14 +339,16 @@ def neighbours(material: Material) -> dict[str, pa.Table]:
                 right = np.stack(
                     [_share_of_votes(votes[k], ensemble.labels, here) for votes, here in zip(found, where, strict=True)]
                 )
-                by_layer += _by_probe(row, ensemble, _rows(mean_over_members(right, draws=DRAWS), is_share=True))
+                by_layer += by_probe(
+                    row, ensemble.probes, rows_of(mean_over_members(right, draws=DRAWS), is_share=True)
+                )
                 depth = _depths(found, k, ensemble, asked)
-                mean = mean_over_members(_means(depth, where), draws=DRAWS)
+                mean = mean_over_members(means(depth, where, axis=1), draws=DRAWS)
                 usual = masked(ensemble.depth[asked], where)
                 same = rank_correlation(masked(depth, where), usual, draws=DRAWS)
                 for measure, estimate in (("mean depth", mean), ("rank correlation with the run's", same)):
-                    depths += [{**row, "measure": measure, **one} for one in _rows(estimate)]
-    return _tables({"probe_accuracy_by_k": by_layer, "depth_by_k": depths})
+                    depths += [{**row, "measure": measure, **one} for one in rows_of(estimate)]
+    return tables_of({"probe_accuracy_by_k": by_layer, "depth_by_k": depths})
 
 
 def _depths(found: Sequence[Mapping[int, Array]], k: int, ensemble: Ensemble, asked: Sequence[int]) -> Array:
@@ -362,12 +362,6 @@ def _share_of_votes(votes: Array, labels: Array, where: Array) -> Array:
         return np.asarray((votes[where] == labels[where, None]).sum(axis=0) / where.sum())
 
 
-def _means(values: Array, where: Array) -> Array:
-    """Mean over the points of each member, both [M, N], where: bool; float64 [M], NaN of no points."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray((values * where).sum(axis=1) / where.sum(axis=1))
-
-
 def _share(ensemble: Ensemble, chosen: Array, labels: Array) -> float | None:
     where = ensemble.held_out & chosen
     return float((ensemble.prediction == labels)[where].mean()) if where.any() else None
@@ -376,31 +370,6 @@ def _share(ensemble: Ensemble, chosen: Array, labels: Array) -> float | None:
 def _at(estimate: Estimate, place: int) -> Estimate:
     """One row of an estimate's arrays."""
     return Estimate(*(getattr(estimate, name)[place] for name in ("value", "low", "high", "n_points", "n_left_out")))
-
-
-def _rows(estimate: Estimate, is_share: bool = False) -> list[Row]:
-    """value, low, high and n of each of an estimate's statistics; NaN as None. Intervals of shares end at 0 and 1."""
-    value, low, high = (np.atleast_1d(array) for array in (estimate.value, estimate.low, estimate.high))
-    if is_share:
-        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
-    n = np.broadcast_to(estimate.n_points, value.shape)
-    return [
-        {"value": _number(v), "low": _number(lo), "high": _number(hi), "n": int(count)}
-        for v, lo, hi, count in zip(value, low, high, n, strict=True)
-    ]
-
-
-def _number(value: Any) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _by_probe(row: Row, ensemble: Ensemble, rows: Sequence[Row]) -> list[Row]:
-    return [{**row, "probe": p, "name": ensemble.probes[p], **one} for p, one in enumerate(rows)]
-
-
-def _tables(rows: Mapping[str, Sequence[Row]]) -> dict[str, pa.Table]:
-    """Those that have a row."""
-    return {name: pa.Table.from_pylist(list(some)) for name, some in rows.items() if some}
 
 
 ANALYSES: dict[str, Callable[[Material], dict[str, pa.Table]]] = {

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from leadline.config import MemberConfig, RunConfig, load_config
-from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
-from leadline.query import Run
+from leadline.query import Run, quoted
 from leadline.store.tables import read_table
 
 OUTPUTS = ("prediction", "confidence", "margin", "entropy", "depth")
@@ -25,7 +24,7 @@ class Ensemble:
     members: their names; probes: names of the P probes. labels: int32 [N], as given to the members; clean_labels: the
     same as they were before corruption, None where there was none; in_test: bool [N], of part test. in_training bool;
     prediction int32; confidence, margin, entropy float32; depth int16. learning: measures by name, float64, empty where
-    a member has none. checkpoint: where it is one step of a training, of which and at which step.
+    a member has none. entry: the members' configuration; its key checkpoint tells of which training they are a step.
     """
 
     run: Run = field(repr=False)
@@ -54,10 +53,14 @@ class Ensemble:
         return ~self.in_training
 
     @property
+    def true_labels(self) -> Array:
+        """int32 [N], the clean ones where there are such, else those given."""
+        return np.asarray(self.labels if self.clean_labels is None else self.clean_labels)
+
+    @property
     def corrupted(self) -> Array:
         """bool [N], points whose given label is not the clean one."""
-        clean = self.labels if self.clean_labels is None else self.clean_labels
-        return np.asarray(self.labels != clean)
+        return np.asarray(self.labels != self.true_labels)
 
     @cached_property
     def consensus(self) -> Array:
@@ -98,10 +101,7 @@ def read_ensembles(run: Run) -> list[Ensemble]:
 
     Raises LeadlineError for a run that is not finished.
     """
-    if run.manifest.get("status") != "complete":
-        raise LeadlineError(
-            f"{run.directory.root}: the run is {run.manifest.get('status')}; finish it with the command that began it"
-        )
+    run.refuse_unfinished()
     config: RunConfig = load_config(run.manifest["configuration"])
     points = read_table(run.directory.table("points"))
     names = run.sql("SELECT DISTINCT label, label_name FROM points ORDER BY label").to_pylist()
@@ -118,10 +118,10 @@ def read_ensembles(run: Run) -> list[Ensemble]:
 
 
 def _ensemble(run: Run, entry: MemberConfig, about: dict[str, Any]) -> Ensemble:
-    name = entry.label.replace("'", "''")
-    members = run.sql(f"SELECT member FROM members WHERE architecture = '{name}'")["member"].to_pylist()
+    name = quoted(entry.label)
+    members = run.sql(f"SELECT member FROM members WHERE architecture = {name}")["member"].to_pylist()
     members.sort(key=lambda member: int(member.rpartition("-")[2]))
-    probes = run.sql(f"SELECT DISTINCT probe, name FROM probes WHERE architecture = '{name}' ORDER BY probe")
+    probes = run.sql(f"SELECT DISTINCT probe, name FROM probes WHERE architecture = {name} ORDER BY probe")
     tables = [read_table(run.directory.member_table("depths", member)) for member in members]
     columns: dict[str, Any] = {
         column: np.stack([table[column].to_numpy() for table in tables]) for column in ("in_training", *OUTPUTS)

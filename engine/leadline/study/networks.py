@@ -12,17 +12,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from leadline.config import load_config
 from leadline.embedding.extract import float32_products
 from leadline.errors import LeadlineError
 from leadline.knn import Bank, count_votes
 from leadline.knn.arrays import Array, Shards
 from leadline.layers import open_layers
-from leadline.points import Points, open_points
+from leadline.points import Points
 from leadline.query import Run
 from leadline.store.files import read_json
 from leadline.store.tables import read_table, write_table
-from leadline.stored_member import StoredMember
+from leadline.stored_member import StoredMember, stored_points
 from leadline.study.margins import adversarial_input_margin
 
 ANSWERS = pa.schema([("point_id", pa.int64()), ("softmax", pa.list_(pa.float32())), ("input_margin", pa.float32())])
@@ -82,12 +81,7 @@ class Networks:
     def points(self) -> Points:
         """Raises LeadlineError where they have changed since the run was made."""
         if self._points is None:
-            self._points = open_points(load_config(self._run.manifest["configuration"]).points)
-            if self._points.fingerprint() != self._run.manifest["data"]["fingerprint"]:
-                raise LeadlineError(
-                    f"{self._run.directory.root}: its data have changed since it was made; restore them, or make the "
-                    "run anew"
-                )
+            self._points = stored_points(self._run.directory, self._run.manifest)
         return self._points
 
     def _stamps(self, member: str) -> dict[str, str]:

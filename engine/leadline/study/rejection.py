@@ -78,10 +78,14 @@ def early_read_out(winners: Array, predictions: Array, labels: Array, validation
         raise LeadlineError(f"validation: {np.count_nonzero(validation)} of {len(votes)} points; give some, not all")
     last = votes.shape[1] - 1
     names = ["network", *(f"probe {p}" for p in range(last + 1)), *(f"probes {p} to {last}" for p in range(last))]
-    answers = np.column_stack([predictions, votes, votes_from(votes)[:, :last]])
-    right = answers == labels[:, None]
+    right = read_outs(votes, predictions) == labels[:, None]
     on_validation = right[validation].mean(axis=0)
     return ReadOuts(tuple(names), on_validation, right[~validation].mean(axis=0), int(on_validation.argmax()))
+
+
+def read_outs(winners: Array, predictions: Array) -> Array:
+    """What each of these ways answers, int [N, ways]: the network, each probe, the votes over a probe and all later."""
+    return np.column_stack([predictions, winners, votes_from(winners)[:, :-1]])
 
 
 def votes_from(winners: Array) -> Array:

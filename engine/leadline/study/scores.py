@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from leadline.errors import LeadlineError
-from leadline.query import Run
+from leadline.query import Run, quoted
 from leadline.study.kinds import KINDS, kinds
 
 POINT = ("key", "label", "label_name", "part", "clean_label")
@@ -37,10 +37,7 @@ def point_scores(run: Run, architecture: str | None = None) -> pa.Table:
 
     Raises LeadlineError for a run that is not finished, and for an unknown architecture.
     """
-    if run.manifest.get("status") != "complete":
-        raise LeadlineError(
-            f"{run.directory.root}: the run is {run.manifest.get('status')}; finish it with the command that began it"
-        )
+    run.refuse_unfinished()
     known = architectures(run)
     if architecture is not None and architecture not in known:
         raise LeadlineError(f"--architecture: the run has no {architecture!r}; it has {', '.join(known)}")
@@ -54,7 +51,7 @@ def architectures(run: Run) -> list[str]:
 
 
 def _scores(run: Run, architecture: str) -> pa.Table:
-    name = "'" + architecture.replace("'", "''") + "'"
+    name = quoted(architecture)
     own = f"member IN (SELECT member FROM members WHERE architecture = {name})"
     columns = [*(f"points.{column}" for column in POINT), *(f"ensemble.{column}" for column in ENSEMBLE)]
     learned, join = "", ""
