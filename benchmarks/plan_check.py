@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
+from part import write_part
 from record import stamp, write_result
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ import leadline
 from leadline.cluster.at_hand import plan_at_hand
 from leadline.cluster.graph import graph_of
 from leadline.config import RunConfig, load_config
-from leadline.points import TEST, TRAIN, open_points
+from leadline.points import open_points
 from leadline.report.status import status_of
 
 PACKAGES = ("leadline", "torch", "numba", "numpy", "pyarrow", "ray")
@@ -42,14 +42,7 @@ def main(names: Annotated[list[str] | None, typer.Argument(metavar="NAME")] = No
 def _part_of_it(folder: Path) -> RunConfig:
     """The configuration of all of Fashion-MNIST, with some thousands of its points."""
     config = load_config(FULL)
-    points = open_points(config.points)
-    chosen = np.concatenate(
-        [np.flatnonzero(points.parts == part)[:n] for part, n in ((TRAIN, TRAINING), (TEST, TESTING))]
-    )
-    values = {"inputs": points.read(chosen), "labels": points.labels[chosen], "parts": points.parts[chosen]}
-    for key, array in values.items():
-        np.save(folder / f"{key}.npy", array)
-    source = {"source": "npy", **{key: str(folder / f"{key}.npy") for key in values}}
+    source = write_part(open_points(config.points), folder, TRAINING, TESTING)
     return load_config({**config.model_dump(mode="json"), "name": PART, "points": source})
 
 
