@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from leadline import LeadlineError
-from leadline.report.study import COLUMNS, TILE, write_study
+from leadline.report.plots import finished, save_chart
+from leadline.report.study import COLUMNS, TILE, _lines, write_study
 from leadline.study.analyses import ANALYSES, material_of
 from leadline.study.ensembles import read_ensembles
 from leadline.study.networks import Networks
@@ -92,6 +93,27 @@ def test_an_unknown_analysis_is_refused(tiny_run, tmp_path):
     with pytest.raises(LeadlineError, match=r"--only: 'magic' is no analysis; allowed: relations, .*, accuracy") as no:
         write_study(tiny_run, tmp_path / "study", ["kinds", "magic"])
     assert len(str(no.value).splitlines()) == 1 and not (tmp_path / "study").exists()
+
+
+def test_runs_trained_again_are_refused_where_nobody_compares_them(tiny_run, tmp_path):
+    with pytest.raises(LeadlineError, match=r"--again.*name it in --only"):
+        write_study(tiny_run, tmp_path / "study", ["kinds"], [tiny_run], tell=lambda line: None)
+    assert not (tmp_path / "study").exists()
+
+
+def test_more_lines_than_colours_that_all_eyes_tell_apart_are_told_apart(tmp_path):
+    rows = [
+        {"x": x, "value": layer + x, "low": None, "layer": f"{layer} of many", "panel of": panel}
+        for panel in ("second", "first")
+        for layer in range(11)
+        for x in (0, 1)
+    ]
+    save_chart(finished(_lines(rows, "x", "layer", ["panel of"], "y"), "many", []), tmp_path / "many.svg")
+    svg = ElementTree.parse(tmp_path / "many.svg").getroot()
+    lines = [path for path in svg.iter(f"{SVG}path") if path.get("aria-roledescription") == "line mark"]
+    assert len(lines) == 22 and len({line.get("stroke") for line in lines}) == 11
+    headers = [text.text for text in svg.iter(f"{SVG}text") if text.text in ("first", "second")]
+    assert headers == ["second", "first"]
 
 
 def test_a_run_that_is_not_this_one_again_is_refused_at_once(studied_run, tiny_run, tmp_path):

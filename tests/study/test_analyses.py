@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cleanlab.rank import get_self_confidence_for_each_label
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
@@ -290,22 +291,26 @@ def precision_at_as_many(scores, wrong):
     return (sum(above) + (n - len(above)) * np.mean(tied)) / n
 
 
-def test_corrupted_labels_are_found_as_by_loops_and_scikit_learn(tables, members, clean, material, studied_run):
-    shares = [material.networks.answers(f"mlp-{seed}").softmax.tolist() for seed in range(4)]
+def test_corrupted_labels_are_found_as_by_loops_scikit_learn_and_cleanlab(
+    tables, members, clean, material, studied_run
+):
+    softmax = [material.networks.answers(f"mlp-{seed}").softmax for seed in range(4)]
+    given = np.array([row["label"] for row in members[0]])
+    quality = [get_self_confidence_for_each_label(given, shares).tolist() for shares in softmax]
     learned = [
         pq.ParquetFile(studied_run.directory.member_table("learning", f"mlp-{seed}")).read().to_pylist()
         for seed in range(4)
     ]
     every = [
-        [{**row, **told, "softmax": share} for row, told, share in zip(*of_member, strict=True)]
-        for of_member in zip(members, learned, shares, strict=True)
+        [{**row, **told, "self-confidence": one} for row, told, one in zip(*of_member, strict=True)]
+        for of_member in zip(members, learned, quality, strict=True)
     ]
     scores = {
         "depth in training": means_of(every, depth_of, True),
         "depth in training, against the given label": means_of(
             every, lambda row: depth_against(row["winner"], row["label"]), True
         ),
-        "1 - self-confidence (cleanlab)": means_of(every, lambda row: 1 - row["softmax"][row["label"]], False),
+        "1 - self-confidence (cleanlab)": means_of(every, lambda row: 1 - row["self-confidence"], False),
         "- aum": means_of(every, lambda row: -row["aum"], True),
         "forgetting events": means_of(every, lambda row: row["forgetting_events"], True),
         "el2n": means_of(every, lambda row: row["el2n"], True),

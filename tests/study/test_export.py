@@ -9,6 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cleanlab.classification import CleanLearning
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
 import leadline
 from leadline import cli
@@ -88,6 +91,16 @@ def test_label_issues_as_cleanlab_has_them(watched_run, tmp_path):
         assert issue["is_label_issue"] == (suspect and row["consensus_class"] != row["label"])
     assert 0 < frame["is_label_issue"].sum() < len(frame) / 2
     assert is_stamped(watched_run, ["mlp"] * len(frame), frame[list(FINGERPRINTS)].to_numpy())
+
+
+def test_cleanlab_trains_without_the_issues_that_it_is_given(watched_run, tmp_path):
+    issues = pd.read_csv(export_scores(watched_run, "cleanlab", tmp_path / "issues.csv", "mlp"))
+    inputs, labels = load_digits().data / 16, issues["given_label"].to_numpy()
+    issue = issues["is_label_issue"].to_numpy()
+    learner = CleanLearning(LogisticRegression(max_iter=30, tol=1e-2)).fit(inputs, labels, label_issues=issues)
+    without = LogisticRegression(max_iter=30, tol=1e-2).fit(inputs[~issue], labels[~issue])
+    np.testing.assert_allclose(learner.predict_proba(inputs), without.predict_proba(inputs), atol=0.05)
+    assert learner.get_label_issues()["is_label_issue"].to_numpy().tolist() == issue.tolist()
 
 
 @pytest.mark.parametrize("to", ["cleanlab", "fiftyone"])

@@ -49,13 +49,16 @@ def write_study(
     this one by the analysis `accuracy`. What networks are asked again is kept in the folder. Analyses that need what
     the run has not got (corrupted labels, checkpoints, several members) give no table.
 
-    Raises LeadlineError for an unknown name, a run that is not finished, and one of others that is not this one again.
+    Raises LeadlineError for an unknown name, others without `accuracy`, a run that is not finished, and one of others
+    that is not this one again.
     """
     analyses: dict[str, Callable[[Material], dict[str, pa.Table]]] = {**ANALYSES, "accuracy": accuracy}
     unknown = [name for name in only if name not in analyses]
     if unknown:
         raise LeadlineError(f"--only: {unknown[0]!r} is no analysis; allowed: {', '.join(analyses)}")
     chosen = [name for name in analyses if name in (only or analyses)]
+    if others and "accuracy" not in chosen:
+        raise LeadlineError("--again: runs that were trained again are compared by accuracy; name it in --only too")
     ensembles = read_ensembles(run)
     material = material_of(ensembles, Networks(run, folder / "networks", tell))
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,13 +190,15 @@ def _lines(
     points: bool = True,
 ) -> Any:  # fmt: skip
     """Lines of value over x with their intervals, a panel for each combination of some columns."""
-    data = [{**row, "panel": ", ".join(str(row[name]) for name in panels)} for row in rows]
+    data, order = _panels(rows, panels)
     names = list(dict.fromkeys(row[colour] for row in rows))
+    # Layers of a deep network are more than there are colours that all eyes tell apart: they go from dark to light.
+    kind, look = ("N", {"range": list(COLOURS)}) if len(names) <= len(COLOURS) else ("O", {"scheme": "viridis"})
     scale = alt.Scale(type="symlog") if log else alt.Scale()
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X(f"{x}:Q", title=x.replace("_", " "), scale=scale),
         color=alt.Color(
-            f"{colour}:N", title=None, scale=alt.Scale(domain=names, range=list(COLOURS)), sort=names,
+            f"{colour}:{kind}", title=None, scale=alt.Scale(domain=names, **look), sort=names,
             legend=alt.Legend(orient="bottom", labelLimit=400),
         ),
     )  # fmt: skip
@@ -205,12 +210,12 @@ def _lines(
     )
     line = base.mark_line(point=points, strokeWidth=1.5).encode(y=y)
     layer = alt.layer(band, line).properties(width=WIDTH, height=HEIGHT)
-    return layer.facet(alt.Facet("panel:N", title=None, sort=None), columns=3).resolve_scale(y="independent")
+    return layer.facet(alt.Facet("panel:N", title=None, sort=order), columns=3).resolve_scale(y="independent")
 
 
 def _dots(rows: list[dict[str, Any]], label: str, panels: Sequence[str], title: str) -> Any:
     """A dot with its interval for each label."""
-    data = [{**row, "panel": ", ".join(str(row[name]) for name in panels)} for row in rows]
+    data, order = _panels(rows, panels)
     base = alt.Chart(alt.Data(values=data)).encode(
         y=alt.Y(f"{label}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260))
     )
@@ -220,7 +225,13 @@ def _dots(rows: list[dict[str, Any]], label: str, panels: Sequence[str], title: 
         x=alt.X("value:Q", title=title, scale=alt.Scale(zero=False))
     )
     layer = alt.layer(rule, dot).properties(width=WIDTH * 1.3)
-    return layer.facet(alt.Facet("panel:N", title=None, sort=None), columns=2)
+    return layer.facet(alt.Facet("panel:N", title=None, sort=order), columns=2)
+
+
+def _panels(rows: list[dict[str, Any]], panels: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows with the panel of each, and the panels in the order of the rows, which Vega-Lite would sort by name."""
+    data = [{**row, "panel": ", ".join(str(row[name]) for name in panels)} for row in rows]
+    return data, list(dict.fromkeys(row["panel"] for row in data))
 
 
 def _curve(rows: list[dict[str, Any]]) -> Any:
