@@ -180,6 +180,22 @@ def verify(run: RunPath) -> None:
 
 
 @app.command()
+def report(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="by default <name of the run>.html")] = None,
+) -> None:
+    """Write one page that explains a run: charts, kinds of points with images, the hardest ones; it needs no net."""
+    sys.path.insert(0, str(Path.cwd()))
+    import leadline
+    from leadline.report.page import write_report
+
+    opened = leadline.open(run)
+    place = out or Path(f"{opened.manifest['name']}.html")
+    write_report(opened, place)
+    print(place)
+
+
+@app.command()
 def study(
     run: RunPath,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="folder; by default study/<name of the run>")] = None,

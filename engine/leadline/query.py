@@ -10,12 +10,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from leadline.errors import LeadlineError, one_line
+from leadline.html import html_table
 from leadline.new_points import KeptMember, as_rows
 from leadline.store import TABLES, RunDirectory
 from leadline.store.places import for_arrow, place_of
 
 if TYPE_CHECKING:
     import duckdb
+
+    from leadline.report.charts import Charts
 
 
 class Run:
@@ -27,6 +30,24 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.manifest.get('name')} {self.manifest.get('status')} at {self.directory.root}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what the run is, and its members."""
+        manifest = self.manifest
+        told = {"run": manifest.get("name"), "status": manifest.get("status"), "place": self.directory.root}
+        told |= {"configuration": manifest.get("fingerprint"), "data": manifest.get("data", {}).get("fingerprint")}
+        head = html_table({"": list(told), " ": list(told.values())})
+        if not self.directory.has_table("members"):
+            return head
+        columns = ["member", "architecture", "n_train", "train_accuracy", "held_out_accuracy"]
+        return head + html_table(self.members.to_table(columns=columns).to_pydict())
+
+    @property
+    def plot(self) -> "Charts":
+        """Charts, a call each: `run.plot.plane()`. Raises LeadlineError for a run that is not finished."""
+        from leadline.report.charts import Charts  # the drawing library takes a second to import
+
+        return Charts(self)
 
     @cached_property
     def points(self) -> ds.Dataset:

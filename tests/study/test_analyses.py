@@ -20,7 +20,7 @@ from leadline.members.splits import training_ids
 from leadline.members.train import train
 from leadline.points import open_points
 from leadline.study.accuracy import accuracy
-from leadline.study.analyses import ANALYSES, Material, kinds_of, material_of, typical
+from leadline.study.analyses import ANALYSES, Material, material_of, plane_of_ensemble
 from leadline.study.ensembles import LEARNING, OUTPUTS
 from leadline.study.kinds import KINDS
 
@@ -181,12 +181,12 @@ def test_kinds_by_layer_are_those_of_a_loop(tables, members, kind):
 
 def test_typical_points_are_farthest_into_their_corner(ensemble, members, kind):
     held_out, training = means_of(members, depth_of, False), means_of(members, depth_of, True)
-    placed, _ = kinds_of(ensemble)
-    assert placed.tolist() == kind[0]
+    plane = plane_of_ensemble(ensemble)
+    assert plane.kind.tolist() == kind[0]
     far = {
         0: -held_out - training, 1: -held_out + training, 2: held_out - training, 3: held_out + training,
     }  # fmt: skip
-    for number, ids in enumerate(typical(ensemble, placed, 12)):
+    for number, ids in enumerate(plane.typical(12)):
         all_of_them = [point for point in range(1797) if kind[0][point] == number]
         assert ids.tolist() == sorted(all_of_them, key=lambda point: (-far[number][point], point))[:12]
 

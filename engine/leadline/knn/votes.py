@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
+from leadline.html import html_table
 from leadline.knn.arrays import Array, Rows, Shards
 from leadline.knn.exact import MEMORY, Bank, refuse_other_width
 from leadline.knn.indexes import Index, build_index, usable_method
@@ -49,6 +50,10 @@ class Votes:
 
     def __len__(self) -> int:
         return len(self.winner)
+
+    def _repr_html_(self) -> str:
+        fields = ("winner", "winner_votes", "runner_up", "runner_up_votes")
+        return html_table({field: getattr(self, field) for field in fields})
 
 
 def count_votes(neighbour_labels: Array) -> Votes:

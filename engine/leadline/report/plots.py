@@ -11,7 +11,7 @@ import altair as alt
 
 from leadline.store.files import replacing
 
-# Colours of Okabe and Ito ("Color universal design", 2008); a GPU's method has its colour's other shape.
+# Of methods; a GPU's has its colour's other shape.
 LOOKS = {
     "exact": ("#000000", "circle"),
     "flat": ("#56B4E9", "square"),
@@ -24,6 +24,8 @@ LOOKS = {
     "gpu-ivf-flat": ("#0072B2", "cross"),
     "cagra": ("#009E73", "cross"),
 }
+# Okabe and Ito's colours ("Color universal design", 2008), told apart by all eyes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#999999"
 FONT_SIZE = 11
 CHARACTER = 6.4  # pixels of a character, at most on average

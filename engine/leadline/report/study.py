@@ -9,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.query import Run
-from leadline.report.plots import finished, save_chart
+from leadline.report.pictures import picture
+from leadline.report.plots import COLOURS, finished, save_chart
 from leadline.store.files import replacing
 from leadline.study.accuracy import accuracy, again, write_again
-from leadline.study.analyses import ANALYSES, Material, kinds_of, material_of, typical
+from leadline.study.analyses import ANALYSES, Material, material_of, plane_of_ensemble
 from leadline.study.ensembles import Ensemble, read_ensembles
 from leadline.study.kinds import KINDS
 from leadline.study.networks import Networks
 
-# Okabe and Ito's colours ("Color universal design", 2008), told apart by all eyes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH, HEIGHT = 230, 170  # of a panel
 SHOWN = 60  # rows of a table that the page shows whole; longer ones are in their file and figure
 TILE, COLUMNS = 56, 12  # pixels of an example image, and images of a row
@@ -97,9 +95,10 @@ def _sheet(ensemble: Ensemble, networks: Networks, folder: Path) -> list[str]:
     """A picture of the most typical images of each kind, where points are images. Returns its name, in a list."""
     if len(networks.points.input_shape) != 3:
         return []
-    if (placed := kinds_of(ensemble)) is None:
+    plane = plane_of_ensemble(ensemble)
+    if plane.beyond is None:
         return []
-    rows = [networks.points.read(ids) for ids in typical(ensemble, placed[0], COLUMNS)]
+    rows = [networks.points.read(ids) for ids in plane.typical(COLUMNS)]
     name = f"kinds-{ensemble.architecture}.png"
     write_sheet(folder / name, rows)
     return [name]
@@ -120,23 +119,16 @@ def _write_page(tables: Mapping[str, pa.Table], folder: Path, about: Sequence[st
 
 
 def write_sheet(path: Path, rows: Sequence[Array]) -> None:
-    """A picture of example images: one row of images, each [C, H, W] of any scale, a line."""
+    """A picture of example images: one row of images (see `picture`) a line."""
     height, width = TILE * len(rows), TILE * COLUMNS
     sheet = Image.new("RGB", (width, height), "white")
     for y, images in enumerate(rows):
         for x, values in enumerate(images[:COLUMNS]):
-            sheet.paste(_picture(values), (x * TILE, y * TILE))
+            if (image := picture(values)) is not None:
+                tile = image.resize((TILE - 2, TILE - 2), Image.Resampling.NEAREST)
+                sheet.paste(tile, (x * TILE, y * TILE))
     with replacing(path) as beside:
         sheet.save(beside, format="PNG")
-
-
-def _picture(values: Array) -> Image.Image:
-    low, high = values.min(), values.max()
-    pixels = ((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8).transpose(1, 2, 0)
-    if pixels.shape[2] not in (1, 3):
-        pixels = pixels[:, :, :1]
-    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
-    return image.resize((TILE - 2, TILE - 2), Image.Resampling.NEAREST)
 
 
 def _section(name: str, section: Section, table: pa.Table, folder: Path) -> Iterator[str]:

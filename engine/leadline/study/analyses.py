@@ -16,8 +16,9 @@ from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.study.detection import detect
 from leadline.study.ensembles import Ensemble, masked
-from leadline.study.kinds import KINDS, kinds, probe_accuracy, thresholds
+from leadline.study.kinds import KINDS, probe_accuracy
 from leadline.study.networks import Networks
+from leadline.study.plane import Plane, plane_of
 from leadline.study.relations import (
     Estimate,
     binned_means,
@@ -95,9 +96,10 @@ def difficulty(material: Material) -> dict[str, pa.Table]:
     counts: list[Row] = []
     layers: list[Row] = []
     for ensemble in material.ensembles:
-        if (placed := kinds_of(ensemble)) is None:
+        plane = plane_of_ensemble(ensemble)
+        kind, beyond = plane.kind, plane.beyond
+        if beyond is None:
             continue
-        kind, beyond = placed
         row = {"architecture": ensemble.architecture}
         for number, name in enumerate(KINDS):
             of_kind = kind == number
@@ -122,36 +124,9 @@ def difficulty(material: Material) -> dict[str, pa.Table]:
     return tables_of({"kinds": counts, "kinds_by_layer": layers})
 
 
-def kinds_of(ensemble: Ensemble) -> tuple[Array, tuple[float, float]] | None:
-    """The kind of each point, int8 [N] (see `kinds`), by the default thresholds; and these, held out and training.
-
-    None where no point is held out by one member and in training in another.
-    """
-    held_out, training = mean_depths(ensemble)
-    if np.isnan(held_out + training).all():
-        return None
-    beyond = thresholds(held_out, training)
-    return kinds(held_out, training, beyond), beyond
-
-
-def typical(ensemble: Ensemble, kind: Array, n: int) -> list[Array]:
-    """Ids of up to n points of each kind that are farthest into their corner, int64 each.
-
-    By the sum of both mean depths, a low one counting as what it lacks to the largest; ties by lower id. Ours.
-    """
-    held_out, training = mean_depths(ensemble)
-    found = []
-    for number in range(len(KINDS)):
-        far = (held_out if number >= 2 else -held_out) + (training if number % 2 else -training)
-        ids = np.flatnonzero(kind == number)
-        found.append(ids[np.argsort(-far[ids], kind="stable")][:n])
-    return found
-
-
-def mean_depths(ensemble: Ensemble) -> tuple[Array, Array]:
-    """Mean depth of each point, float64 [N]: held out, and in training; NaN where no member says it."""
-    held_out, training = (means(ensemble.depth, ensemble.of(split), axis=0) for split in SPLITS)
-    return held_out, training
+def plane_of_ensemble(ensemble: Ensemble) -> Plane:
+    """The plane of mean depths, from those of the members."""
+    return plane_of(*(means(ensemble.depth, ensemble.of(split), axis=0) for split in SPLITS))
 
 
 def layers(material: Material) -> dict[str, pa.Table]:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from leadline.config import MemberConfig, RunConfig, load_config
+from leadline.html import html_table
 from leadline.knn.arrays import Array
 from leadline.query import Run, quoted
 from leadline.store.tables import read_table
+from leadline.study.rows import means
 
 OUTPUTS = ("prediction", "confidence", "margin", "entropy", "depth")
 LEARNING = (
@@ -43,6 +45,15 @@ class Ensemble:
     depth: Array
     learning: dict[str, Array]
     entry: MemberConfig
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each member with its accuracies, by the labels given, and its mean depths."""
+        columns: dict[str, Any] = {"member": self.members}
+        for split in ("training", "held out"):
+            where = self.of(split)
+            columns[f"accuracy, {split}"] = means(self.prediction == self.labels, where, axis=1).tolist()
+            columns[f"mean depth, {split}"] = means(self.depth, where, axis=1).tolist()
+        return html_table(columns)
 
     @property
     def n_probes(self) -> int:

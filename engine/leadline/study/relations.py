@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr, t
 
 from leadline.errors import LeadlineError
+from leadline.html import html_table
 from leadline.knn.arrays import Array
 from leadline.study.arrays import refuse_other_shapes
 
@@ -42,6 +43,11 @@ class Estimate:
     high: Array
     n_points: Array
     n_left_out: Array
+
+    def _repr_html_(self) -> str:
+        names = ("value", "low", "high", "n_points", "n_left_out")
+        arrays = np.broadcast_arrays(*(getattr(self, name) for name in names))
+        return html_table({name: array.ravel().tolist() for name, array in zip(names, arrays, strict=True)})
 
 
 def binned_means(depth: Array, measure: Array, edges: Array, *, draws: int = DRAWS, seed: int = 0) -> Estimate:

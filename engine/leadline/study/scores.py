@@ -5,7 +5,8 @@ import pyarrow as pa
 
 from leadline.errors import LeadlineError
 from leadline.query import Run, quoted
-from leadline.study.kinds import KINDS, kinds
+from leadline.study.kinds import KINDS
+from leadline.study.plane import plane_of
 
 POINT = ("key", "label", "label_name", "part", "clean_label")
 ENSEMBLE = (
@@ -82,7 +83,5 @@ def _scores(run: Run, architecture: str) -> pa.Table:
 
 def _kinds(table: pa.Table) -> pa.Array:
     held_out, training = (table[f"mean_depth_{split}"].to_numpy() for split in ("held_out", "training"))
-    if np.isnan(held_out + training).all():  # nothing that thresholds can be made of
-        return pa.nulls(len(table), pa.string())
-    number = kinds(held_out, training)
+    number = plane_of(held_out, training).kind
     return pa.array(np.array(KINDS, object)[number], pa.string(), mask=number < 0)
