@@ -192,7 +192,9 @@ def write_again(ensemble: Ensemble, folder: Path) -> list[Path]:
     labels_file = str(folder.absolute() / "relabel.npy")
     config = dict(ensemble.run.manifest["configuration"])
     entry = ensemble.entry.model_dump(mode="json", exclude={"at_steps", "checkpoint"})
-    entry["probes"] = []  # input and softmax alone: accuracies are all that is compared
+    # Accuracies are all that is compared: input and softmax alone, and nobody looks on while they learn.
+    entry["probes"] = []
+    entry["training"]["learning"] = None
     braces = str(folder.absolute()).replace("{", "{{").replace("}", "}}")
     split = {"kind": "file", "path": f"{braces}/keep-{{seed}}.npy"}
     ways = {
