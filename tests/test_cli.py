@@ -122,6 +122,8 @@ def test_a_folder_without_a_run_is_refused(refused, tmp_path):
         ["status"],
         ["timeline", "-o", "run.svg"],
         ["study"],
+        ["report"],
+        ["export", "--to", "csv"],
     ):
         assert "no run here" in refused(command[0], tmp_path, *command[1:])
     (tmp_path / "mine.txt").write_text("dear")
