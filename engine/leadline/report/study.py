@@ -20,6 +20,7 @@ from leadline.report.plots import COLOURS, finished, save_chart
 from leadline.store.files import replacing
 from leadline.study.accuracy import accuracy, again, write_again
 from leadline.study.analyses import ANALYSES, Material, material_of, plane_of_ensemble
+from leadline.study.claims import claims
 from leadline.study.ensembles import Ensemble, read_ensembles
 from leadline.study.kinds import KINDS
 from leadline.study.networks import Networks
@@ -65,6 +66,8 @@ def write_study(
     for name in chosen:
         tell(name)
         tables |= analyses[name](material)
+    if (held := claims(tables)) is not None:
+        tables["claims"] = held
     if "accuracy" in chosen:
         for ensemble in material.ensembles:
             write_again(ensemble, folder / "again" / ensemble.architecture)
@@ -234,6 +237,11 @@ def _curve(rows: list[dict[str, Any]]) -> Any:
 
 
 SECTIONS: dict[str, Section] = {
+    "claims": Section(
+        "The claims of the paper's abstract, on this run",
+        "A claim holds where the whole interval lies on the side that it says, and is open where the interval holds 0. "
+        "The sections below have the tables that these are from.",
+    ),
     "relations_by_depth": Section(
         "Depth against the other measures",
         "Each panel is one measure, averaged over the points of one mean depth; bands are 95 % intervals over members.",
