@@ -91,13 +91,17 @@ class Charts:
         )  # fmt: skip
 
     def by_depth(self, measure: str = "accuracy", architecture: str | None = None) -> alt.LayerChart:
-        """A measure of the points that a member holds out, by their depth in it: accuracy, consistency or entropy."""
+        """A measure of the points that a member holds out, by their depth in it: accuracy, consistency or entropy.
+
+        Consistency is of points that another member holds out too: one alone always agrees with itself.
+        """
         if measure not in MEASURES:
             raise LeadlineError(f"measure: {measure!r} is none; allowed: {', '.join(MEASURES)}")
         name = self._named(architecture)
         found = self._run.sql(f"""
             SELECT d.member, d.depth, avg((d.prediction = d.label)::DOUBLE) AS accuracy,
-                avg((d.prediction = e.consensus_class)::DOUBLE) AS consistency, avg(d.entropy) AS entropy, count(*) AS n
+                avg((d.prediction = e.consensus_class)::DOUBLE) FILTER (e.n_held_out > 1) AS consistency,
+                avg(d.entropy) AS entropy, count(*) AS n, count(*) FILTER (e.n_held_out > 1) AS n_with_peers
             FROM depths d JOIN members m ON d.member = m.member
                 JOIN ensemble e ON e.architecture = m.architecture AND e.point_id = d.point_id
             WHERE m.architecture = {quoted(name)} AND NOT d.in_training GROUP BY ALL
@@ -106,8 +110,8 @@ class Charts:
         values = np.full((max(len(members), 1), self._n_probes[name] + 1), np.nan)
         points = np.zeros(values.shape[1], np.int64)
         for row in found:
-            values[members.index(row["member"]), row["depth"]] = row[measure]
-            points[row["depth"]] += row["n"]
+            values[members.index(row["member"]), row["depth"]] = np.nan if row[measure] is None else row[measure]
+            points[row["depth"]] += row["n_with_peers" if measure == "consistency" else "n"]
         estimate = rows_of(mean_over_members(values), is_share=measure != "entropy")
         rows = [
             {"depth": depth, "split": "held out", **one, "n": int(points[depth])}

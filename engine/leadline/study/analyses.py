@@ -50,7 +50,8 @@ class Material:
 def relations(material: Material) -> dict[str, pa.Table]:
     """Depth, in training and held out, against the other measures: means by depth, and rank correlations.
 
-    Accuracy and consensus-consistency are of the members that hold a point out; the others of those that the depth is
+    Accuracy and consensus-consistency are of the members that hold a point out, two at least for the latter: one alone
+    always agrees with itself; the others of those that the depth is
     of. Between architectures: is depth a property of the point?
     """
     by_depth: list[Row] = []
@@ -81,7 +82,7 @@ def relations(material: Material) -> dict[str, pa.Table]:
 def _measures(ensemble: Ensemble, networks: Networks, split: str) -> Iterator[tuple[str, Array]]:
     held_out, where = ensemble.held_out, ensemble.of(split)
     yield "accuracy", masked(ensemble.prediction == ensemble.labels, held_out)
-    yield "consensus-consistency", masked(ensemble.prediction == ensemble.consensus, held_out)
+    yield "consensus-consistency", masked(ensemble.prediction == ensemble.consensus, held_out & ensemble.has_peers)
     yield "confidence", masked(ensemble.confidence, where)
     yield "entropy", masked(ensemble.entropy, where)
     yield "output margin", masked(ensemble.margin, where)

@@ -79,6 +79,11 @@ class Ensemble:
         counts = self.counts(self.held_out)
         return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
 
+    @property
+    def has_peers(self) -> Array:
+        """bool [N], points that two members hold out at least, so that they can agree or not."""
+        return np.asarray(self.held_out.sum(axis=0) >= 2)
+
     def counts(self, where: Array, times: Array | None = None) -> Array:
         """How many members predict each class, int64 [N, C]; where: bool [M, N]; times: int [M], members repeated."""
         counts = np.zeros((len(self.labels), len(self.class_names)), np.int64)
