@@ -263,6 +263,29 @@ def test_queries_only_read_the_run(refused, tiny_run, query):
     assert not Path("/tmp/leadline-must-not-be.csv").exists()
 
 
+def test_named_queries_and_own_files(leadline, refused, tiny_run, tmp_path):
+    run = tiny_run.directory.root
+    code, out, _ = leadline("query", run, "--list")
+    assert code == 0 and "label-issues" in out and "Which class is taken for which" in out
+    code, out, _ = leadline("query", run, "--list", "--format", "json")
+    names = [row["name"] for row in json.loads(out)]
+    assert code == 0 and "hardest-by-class" in names and names == sorted(names)
+    code, out, _ = leadline("query", run, "--named", "members", "--format", "json")
+    assert code == 0 and [row["member"] for row in json.loads(out)] == ["mlp-0", "mlp-1", "mlp-2"]
+    line = refused("query", run, "--named", "member")
+    assert all(name in line for name in ["'member'", *names])
+    (tmp_path / "mine.csv").write_text("key,score\ntrain/00007,0.5\n")
+    mine = f"mine={tmp_path / 'mine.csv'}"
+    question = "SELECT point_id, score FROM points JOIN mine USING (key)"
+    code, out, _ = leadline("query", run, question, "--with", mine, "--format", "csv")
+    assert (code, out) == (0, "point_id,score\n7,0.5\n")
+    assert "give NAME=FILE" in refused("query", run, question, "--with", "mine.csv")
+    assert "given twice" in refused("query", run, question, "--with", mine, "--with", mine)
+    assert "no such file" in refused("query", run, question, "--with", "mine=nowhere.csv")
+    for given in ([], ["SELECT 1", "--list"], ["SELECT 1", "--named", "members"]):
+        assert "one of SQL, --named NAME and --list" in refused("query", run, *given)
+
+
 def test_hardest_points_equal_pandas(leadline, tiny_run):
     run = tiny_run.directory.root
     depths = pd.concat(pd.read_parquet(file) for file in sorted(run.glob("depths/*/*.parquet")))
@@ -329,7 +352,7 @@ def test_presets_are_valid(name):
 
 
 def test_duckdb_and_pandas_alone_can_answer(tiny_run):
-    """With no help from Leadline: these are the queries of the documentation."""
+    """With no help from Leadline."""
     root = tiny_run.directory.root
     by_label = duckdb.sql(
         f"SELECT label, avg(mean_depth_held_out) AS depth FROM '{root}/ensemble.parquet' GROUP BY label ORDER BY label"

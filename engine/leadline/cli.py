@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,20 +118,71 @@ def timeline(
 def query(
     run: RunPath,
     sql: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SQL",
             help="one SELECT; tables: points members probes ensemble depths votes learning",
         ),
-    ],
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option(metavar="NAME", help="instead of SQL: a query that comes with Leadline, see --list")
+    ] = None,
+    list_named: Annotated[bool, typer.Option("--list", help="print the names of these, and what each answers")] = False,
+    own: Annotated[
+        list[str] | None, typer.Option("--with", metavar="NAME=FILE", help="a Parquet or CSV file of yours as a table")
+    ] = None,
     output: Annotated[
         Format, typer.Option("--format", help="parquet goes to standard output too: redirect it")
     ] = Format.table,
 ) -> None:
     """Ask a run's tables in SQL (DuckDB); read-only."""
     import leadline
+    from leadline.query import named_queries, named_query
 
-    _write(leadline.open(run).sql(sql), output)
+    if sum((sql is not None, named is not None, list_named)) != 1:
+        raise LeadlineError("query: give one of SQL, --named NAME and --list")
+    if list_named:
+        answers = {name: text.partition("\n")[0].removeprefix("-- ") for name, text in named_queries().items()}
+        _write(pa.table({"name": list(answers), "answers": list(answers.values())}), output)
+        return
+    question = named_query(named) if named is not None else str(sql)
+    _write(leadline.open(run).sql(question, _own_tables(own or [])), output)
+
+
+def _own_tables(given: list[str]) -> dict[str, str]:
+    """The user's files by name, from NAME=FILE."""
+    tables: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise LeadlineError(f"--with {text}: give NAME=FILE, as --with mine=labels.csv")
+        if name in tables:
+            raise LeadlineError(f"--with {text}: {name} is given twice")
+        tables[name] = path
+    return tables
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help="directory of a run, or s3://… or gs://…")],
+    run_b: Annotated[str, typer.Argument(metavar="RUN_B", help="another over the same points")],
+    n: Annotated[int, typer.Option("--n", help="so many points that moved, of each architecture and split")] = 10,
+    output: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+) -> None:
+    """Hold two runs over the same points against one another: rank correlation, agreement, which points moved."""
+    import leadline
+    from leadline.compare import compare as compare_runs
+    from leadline.report.summary import as_table
+
+    compared = compare_runs(leadline.open(run_a), leadline.open(run_b), n)
+    if output == "json":
+        print(json.dumps({"a": run_a, "b": run_b, **compared.record()}, indent=1))
+        return
+    console = _console()
+    console.print(f"a: {run_a}\nb: {run_b}\n{compared.points:,} points, by {compared.matched_by}", soft_wrap=True)
+    console.print(as_table(compared.depths, "relative depths: rank correlation over points, means"))
+    console.print(as_table(compared.consensus, "consensus classes, held out"))
+    console.print(as_table(compared.moved, "the points that moved most, in relative depth"))
 
 
 @app.command("import")

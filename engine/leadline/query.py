@@ -1,7 +1,9 @@
 """SQL over a run, its tables as Arrow data sets, and depths of points that were not in it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     import duckdb
 
     from leadline.report.charts import Charts
+
+# How DuckDB reads files of the user's own, by the ends of their names.
+READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".csv.gz": "read_csv", ".tsv": "read_csv"}
 
 
 class Run:
@@ -80,13 +85,17 @@ class Run:
         """Of the members whose training was watched or logged, with a column `member` as depths have it."""
         return self._dataset("learning")
 
-    def sql(self, query: str) -> pa.Table:
+    def sql(self, query: str, tables: Mapping[str, str | Path] | None = None) -> pa.Table:
         """The answer to one SELECT over the tables, by their names (DuckDB's SQL). Nothing else can be read or written.
 
-        Raises LeadlineError for anything but one SELECT, for SQL that DuckDB refuses, and for damaged tables.
+        tables: files of the user's own by the names that the query gives them, Parquet (.parquet) or CSV (.csv,
+        .csv.gz, .tsv), on this machine.
+        Raises LeadlineError for anything but one SELECT, for SQL that DuckDB refuses, for a run that is not finished,
+        for damaged tables, and for files that are not there, are no tables, or have a name of the run's tables.
         """
         import duckdb  # it complains when a process that asks nothing, but had Ray, ends
 
+        self.refuse_unfinished()
         with duckdb.connect() as connection:
             try:
                 statements = connection.extract_statements(query)
@@ -94,17 +103,30 @@ class Run:
                 raise LeadlineError(f"query: {one_line(error)}") from None
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise LeadlineError("query: runs are read-only; give one SELECT statement")
-            for name in TABLES:
+            # Those alone that it may be about: one that is damaged is in the way of no other.
+            asked = [name for name in TABLES if re.search(rf"\b{name}\b", query, re.IGNORECASE)] or TABLES
+            for name in asked:
                 if self.directory.has_table(name):
                     self._offer(name, connection)
+            own = {name: _own_table(name, path, connection) for name, path in (tables or {}).items()}
             if isinstance(self.directory.root, Path):
                 connection.execute(f"SET allowed_directories = [{quoted(str(self.directory.root) + '/')}]")
+            connection.execute(f"SET allowed_paths = {_list_of(own.values())}")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
             try:
-                return connection.sql(query).to_arrow_table()
+                answer = connection.sql(query)
+            except duckdb.CatalogException as error:
+                missing = [name for name in asked if asked != TABLES and not self.directory.has_table(name)]
+                raise self._missing(missing[0]) if missing else LeadlineError(f"query: {one_line(error)}") from None
             except duckdb.Error as error:
                 raise LeadlineError(f"query: {one_line(error)}") from None
+            try:
+                return answer.to_arrow_table()
+            except (duckdb.Error, OSError, pa.ArrowException) as error:
+                raise LeadlineError(
+                    f"query: {one_line(error)}; where the query is right, see what leadline verify says"
+                ) from None
 
     def refuse_unfinished(self) -> None:
         """Raises LeadlineError where not all of its tables are there."""
@@ -136,17 +158,22 @@ class Run:
         return kept.depths([values.reshape(len(values), -1) for values in rows], np.asarray(predictions))
 
     def _offer(self, name: str, connection: "duckdb.DuckDBPyConnection") -> None:
-        """Let SQL know a table by its name.
+        """Let SQL know a table by its name: a query reads those files, and of these those row groups, that it needs.
 
-        What lies in an object store is read by Arrow, only what a query needs of it: DuckDB's own way there is an
-        extension, which it would have to download.
+        What lies in an object store is read by Arrow: DuckDB's own way there is an extension, which it would have to
+        download.
         """
+        import duckdb
+
         if isinstance(self.directory.root, Path):
-            files = quoted(self.directory.files(name))
-            connection.execute(
-                f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
-                "hive_types_autocast = false)"
-            )
+            files = _list_of(self.directory.files(name))
+            try:
+                connection.execute(
+                    f"CREATE VIEW {name} AS SELECT * FROM read_parquet({files}, hive_partitioning = true, "
+                    "hive_types_autocast = false)"
+                )
+            except duckdb.Error as error:
+                raise self._unreadable(name, error) from None
             return
         # Lists of any length, as DuckDB reads them from files: members differ in their number of probes.
         fields = [
@@ -158,24 +185,33 @@ class Run:
     def _dataset(self, name: str, schema: pa.Schema | None = None) -> ds.Dataset:
         """schema: to read it as; by default that of its first file."""
         if not self.directory.has_table(name):
-            if name == "learning" and self.manifest.get("status") == "complete":
-                raise LeadlineError(
-                    f"{self.directory.root}: has no table learning, no training in it was watched; give members "
-                    "training.learning in a new run, or leadline import the log of a training elsewhere"
-                )
-            raise LeadlineError(
-                f"{self.directory.root}: has no table {name} yet, the run is {self.manifest.get('status')}; "
-                "finish it with the command that began it"
-            )
+            raise self._missing(name)
         member = pa.schema([("member", pa.string())])
         path, filesystem = for_arrow(self.directory.table(name))
         parts = ds.partitioning(member, flavor="hive")
         try:
             return ds.dataset(path, schema, format="parquet", filesystem=filesystem, partitioning=parts)
-        except OSError as error:
-            raise LeadlineError(
-                f"{self.directory.table(name)}: cannot be read ({one_line(error)}); see what leadline verify says"
-            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(name, error) from None
+
+    def _missing(self, name: str) -> LeadlineError:
+        status = self.manifest.get("status")
+        if name == "learning" and status == "complete":
+            return LeadlineError(
+                f"{self.directory.root}: has no table learning, no training in it was watched; give members "
+                "training.learning in a new run, or leadline import the log of a training elsewhere"
+            )
+        if status == "complete":
+            return LeadlineError(f"{self.directory.table(name)}: missing; see what leadline verify says")
+        return LeadlineError(
+            f"{self.directory.root}: has no table {name} yet, the run is {status}; "
+            "finish it with the command that began it"
+        )
+
+    def _unreadable(self, name: str, error: Exception) -> LeadlineError:
+        return LeadlineError(
+            f"{self.directory.table(name)}: cannot be read ({one_line(error)}); see what leadline verify says"
+        )
 
 
 def open_run(uri: str | Path) -> Run:
@@ -186,6 +222,46 @@ def open_run(uri: str | Path) -> Run:
     return Run(RunDirectory(place_of(uri)))
 
 
+def named_queries() -> dict[str, str]:
+    """The SQL of the queries that come with the package, by name; the first line of each says what it answers."""
+    files = (resources.files("leadline") / "queries").iterdir()
+    return {file.name.removesuffix(".sql"): file.read_text() for file in sorted(files, key=lambda file: file.name)}
+
+
+def named_query(name: str) -> str:
+    """The SQL of one of them, for `Run.sql`. Raises LeadlineError for an unknown name."""
+    known = named_queries()
+    if name not in known:
+        raise LeadlineError(f"--named: no query is called {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
 def quoted(text: str) -> str:
     """Text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def _list_of(paths: Iterable[Path]) -> str:
+    """Paths as SQL writes a list of them."""
+    return f"[{', '.join(quoted(str(path)) for path in paths)}]"
+
+
+def _own_table(name: str, path: str | Path, connection: "duckdb.DuckDBPyConnection") -> Path:
+    """Let SQL know a file of the user's by a name. Returns its path."""
+    import duckdb
+
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise LeadlineError(f"--with {name}={path}: {name!r} is no name of a table; use letters, digits and _")
+    if name.lower() in TABLES:
+        raise LeadlineError(f"--with {name}={path}: the run has a table {name.lower()}; give yours another name")
+    place = Path(path).absolute()
+    reader = next((reader for ending, reader in READERS.items() if place.name.endswith(ending)), None)
+    if reader is None:
+        raise LeadlineError(f"--with {name}={path}: no table; give a file that ends in {', '.join(READERS)}")
+    if not place.is_file():
+        raise LeadlineError(f"--with {name}={path}: no such file on this machine")
+    try:
+        connection.execute(f'CREATE VIEW "{name}" AS SELECT * FROM {reader}({quoted(str(place))})')
+    except duckdb.Error as error:
+        raise LeadlineError(f"--with {name}={path}: cannot be read ({one_line(error)}); give another file") from None
+    return place

@@ -36,8 +36,9 @@ def test_a_watched_run_is_sound_and_has_the_table_of_the_watched_alone(watched_r
     assert set(table["member"].to_pylist()) == {"mlp-0", "mlp-1"}
     assert table.schema.names == [*LEARNING.names, "member"]
     assert watched_run.sql("SELECT DISTINCT steps FROM learning")["steps"].to_pylist() == [STEPS]
-    paths = watched_run.directory.files("learning")
-    assert "learning/member=mlp-1/part-0.parquet" in watched_run.manifest["files"] and "/learning/" in paths
+    paths = [watched_run.directory.member_table("learning", member) for member in ("mlp-0", "mlp-1")]
+    assert watched_run.directory.files("learning") == paths
+    assert "learning/member=mlp-1/part-0.parquet" in watched_run.manifest["files"]
 
 
 def test_the_last_predictions_are_those_of_the_depths(watched_run):

@@ -70,9 +70,10 @@ class RunDirectory:
         """The file of depths, votes or learning of one member."""
         return self.table(name) / f"member={member}" / "part-0.parquet"
 
-    def files(self, name: str) -> str:
-        """A table's files on a file system, as a glob."""
-        return str(self.table(name) / "*" / "*.parquet" if name in BY_MEMBER else self.table(name))
+    def files(self, name: str) -> list[Path]:
+        """A table's files on a file system, members in order of their names; none where there is no table."""
+        assert isinstance(self.root, Path)
+        return sorted(self.root.glob(f"{name}/*/*.parquet" if name in BY_MEMBER else f"{name}.parquet"))
 
     def has_table(self, name: str) -> bool:
         """Whether there is a table, of one member at least; the folder that a writer has made is none."""
