@@ -300,7 +300,7 @@ def test_label_issues(any_run, studied_run):
         deep = np.quantile(own.mean_depth_training.dropna(), 0.99)
         marked = []
         for row in own.itertuples():
-            contradicted = row.n_held_out > 0 and row.consensus_class != row.label and row.consensus_consistency >= 0.75
+            contradicted = row.n_held_out > 1 and row.consensus_class != row.label and row.consensus_consistency >= 0.75
             in_training = row.n_training > 0 and row.mean_depth_training > deep
             if contradicted or in_training:
                 votes = round(row.consensus_consistency * row.n_held_out) if row.n_held_out else -1

@@ -1,12 +1,12 @@
--- Labels to look at: three in four who hold the point out say one other class, or it is very deep in training.
--- Very deep: beyond 0.99 of the architecture's points. Ordered by both, then by how many contradict the label.
+-- Labels to look at: three in four, of two or more who hold the point out, say one other class, or it is very deep.
+-- Very deep: in training, beyond 0.99 of the architecture's points. First those of both, then the most contradicted.
 WITH p AS (SELECT architecture, max(n_probes) AS n_probes FROM members GROUP BY architecture),
 limits AS (
     SELECT architecture, quantile_cont(mean_depth_training, 0.99) AS deep FROM ensemble GROUP BY architecture
 ),
 names AS (SELECT label, any_value(label_name) AS consensus_name FROM points GROUP BY label),
 marked AS (
-    SELECT *, consensus_class >= 0 AND consensus_class <> label AND consensus_consistency >= 0.75 AS contradicted,
+    SELECT *, n_held_out > 1 AND consensus_class <> label AND consensus_consistency >= 0.75 AS contradicted,
         coalesce(mean_depth_training > deep, false) AS deep_in_training
     FROM ensemble JOIN limits USING (architecture) WHERE contradicted OR deep_in_training
 )
