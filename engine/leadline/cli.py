@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -285,6 +286,24 @@ def export(
     from leadline.study.export import export_scores
 
     print(export_scores(leadline.open(run), to, out, architecture))
+
+
+@app.command()
+def explore(
+    run: RunPath,
+    host: Annotated[str, typer.Option(help="address to serve; others than this machine's own ask for a token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="by default any that is free")] = 0,
+    token: Annotated[
+        str | None, typer.Option(help="what browsers must bring; by default a new one where --host needs it")
+    ] = None,
+) -> None:
+    """Look at a finished run's points in a browser: plane of depths, images, votes, neighbours, SQL, downloads."""
+    import leadline
+    from leadline.report.explorer.server import serve
+
+    serve(leadline.open(run), host, port, token, partial(print, flush=True))
 
 
 @bench_app.command("knn")

@@ -1,6 +1,7 @@
 """Depths of points that were not in a run, by the banks and indexes that it has kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,7 @@ class KeptMember(StoredMember):
                 f"embeddings: widths {given}, lengths with predictions {sorted(lengths)}; give those of the probes, "
                 f"{widths}, of the same points"
             )
-        inside = read_table(self._directory.member_table("depths", self.name))["in_training"].to_numpy()
-        ids = np.flatnonzero(inside)
+        ids = self._training()
         labels = read_table(self._directory.table("points"))["label"].to_numpy()[ids]
         votes = [self._votes(probe, ids, labels, values) for probe, values in zip(self.probes, embeddings, strict=True)]
         depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), predictions)
@@ -58,11 +58,46 @@ class KeptMember(StoredMember):
             }
         )
 
+    def neighbours(self, probe: int, point_id: int, read: Callable[[], Array]) -> tuple[Array, Array]:
+        """The k points of the bank that are nearest to a point of the run at one probe, itself left out; exactly.
+
+        read: gives the point's input [1, ...]. It is asked for where the point is held out and the probe is not the
+        input: what was not kept is computed again, in a batch of its own, so it may differ in its last bits.
+
+        Returns point ids int64 [k], nearest first, and Euclidean distances float64 [k]. Raises LeadlineError for files
+        whose SHA-256 is not the manifest's.
+        """
+        ids = self._training()
+        row = int(np.searchsorted(ids, point_id))
+        is_inside = row < len(ids) and ids[row] == point_id
+        with self._kept(self.probes[probe]) as kept:
+            if probe == 0:
+                query = kept[[point_id]]
+            elif is_inside:
+                query = kept[[row]]
+            else:
+                query = self.embed(read())[0][probe]
+            bank = Bank(Shards([kept], ids if probe == 0 else None))
+            found, _ = bank.search(query, self.config.k, np.array([row if is_inside else -1]))
+            rows, squares = bank.by_distance(query, found)
+        return ids[rows[0]], np.sqrt(squares[0])
+
+    def _training(self) -> Array:
+        """Ids of the points of the member's bank, int64, ascending."""
+        return np.flatnonzero(read_table(self._directory.member_table("depths", self.name))["in_training"].to_numpy())
+
+    @contextmanager
+    def _kept(self, probe: Probe) -> Iterator[Array]:
+        """The rows that were kept of a probe: those of the bank; at the input, those of all points."""
+        kept = self._directory.bank(self.name, probe.index)
+        with fetched(kept, sha256=self._digest(kept) or "") as path:
+            yield np.load(path, mmap_mode="r", allow_pickle=False)
+
     def _votes(self, probe: Probe, ids: Array, labels: Array, queries: Array) -> Votes:
         refuse_non_finite(queries, 0, f"probe {probe.name}, point")
-        kept, index = (place(self.name, probe.index) for place in (self._directory.bank, self._directory.index))
-        with fetched(kept, sha256=self._digest(kept) or "") as path:
-            bank = Shards([np.load(path, mmap_mode="r", allow_pickle=False)], ids if probe.index == 0 else None)
+        index = self._directory.index(self.name, probe.index)
+        with self._kept(probe) as kept:
+            bank = Shards([kept], ids if probe.index == 0 else None)
             search: Bank | Index = Bank(bank)
             if self._digest(index):  # a probe that was searched exactly has no index
                 about = self._directory.about_index(self.name, probe.index)

@@ -1,10 +1,12 @@
 """SQL over a run, its tables as Arrow data sets, and depths of points that were not in it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from leadline.html import html_table
 from leadline.new_points import KeptMember, as_rows
 from leadline.store import TABLES, RunDirectory
 from leadline.store.places import for_arrow, place_of
+from leadline.store.tables import ROWS
 
 if TYPE_CHECKING:
     import duckdb
@@ -85,14 +88,38 @@ class Run:
         """Of the members whose training was watched or logged, with a column `member` as depths have it."""
         return self._dataset("learning")
 
-    def sql(self, query: str, tables: Mapping[str, str | Path] | None = None) -> pa.Table:
+    def sql(
+        self, query: str, tables: Mapping[str, str | Path] | None = None, values: Mapping[str, Any] | None = None
+    ) -> pa.Table:
         """The answer to one SELECT over the tables, by their names (DuckDB's SQL). Nothing else can be read or written.
 
         tables: files of the user's own by the names that the query gives them, Parquet (.parquet) or CSV (.csv,
-        .csv.gz, .tsv), on this machine.
+        .csv.gz, .tsv), on this machine. values: what stands for each $name in the query.
         Raises LeadlineError for anything but one SELECT, for SQL that DuckDB refuses, for a run that is not finished,
         for damaged tables, and for files that are not there, are no tables, or have a name of the run's tables.
         """
+        with self._answer(query, tables or {}, values) as answer:
+            return answer.to_arrow_table()
+
+    def batches(
+        self, query: str, values: Mapping[str, Any] | None = None, seconds: float | None = None
+    ) -> Generator[pa.RecordBatch]:
+        """The answer of `sql` some rows after others, so that not all of them are in memory, nor all are computed.
+
+        seconds: until an answer that is not there is given up. Raises LeadlineError then, and as `sql` does.
+        """
+        with self._answer(query, {}, values, seconds) as answer:
+            yield from answer.to_arrow_reader(ROWS)
+
+    @contextmanager
+    def _answer(
+        self,
+        query: str,
+        tables: Mapping[str, str | Path],
+        values: Mapping[str, Any] | None,
+        seconds: float | None = None,
+    ) -> Iterator["duckdb.DuckDBPyRelation"]:
+        """What DuckDB will answer, for as long as the block lasts; what goes wrong in it too raises LeadlineError."""
         import duckdb  # it complains when a process that asks nothing, but had Ray, ends
 
         self.refuse_unfinished()
@@ -108,25 +135,43 @@ class Run:
             for name in asked:
                 if self.directory.has_table(name):
                     self._offer(name, connection)
-            own = {name: _own_table(name, path, connection) for name, path in (tables or {}).items()}
+            own = {name: _own_table(name, path, connection) for name, path in tables.items()}
             if isinstance(self.directory.root, Path):
                 connection.execute(f"SET allowed_directories = [{quoted(str(self.directory.root) + '/')}]")
             connection.execute(f"SET allowed_paths = {_list_of(own.values())}")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
+            timer = Timer(seconds or 0, connection.interrupt)
+            if seconds is not None:
+                timer.start()
             try:
-                answer = connection.sql(query)
-            except duckdb.CatalogException as error:
-                missing = [name for name in asked if asked != TABLES and not self.directory.has_table(name)]
-                raise self._missing(missing[0]) if missing else LeadlineError(f"query: {one_line(error)}") from None
-            except duckdb.Error as error:
-                raise LeadlineError(f"query: {one_line(error)}") from None
-            try:
-                return answer.to_arrow_table()
+                yield self._asked(query, values, asked, connection)
             except (duckdb.Error, OSError, pa.ArrowException) as error:
+                if timer.finished.is_set():
+                    raise LeadlineError(f"query: given up after {seconds:g} s; ask for less") from None
                 raise LeadlineError(
                     f"query: {one_line(error)}; where the query is right, see what leadline verify says"
                 ) from None
+            finally:
+                timer.cancel()
+
+    def _asked(
+        self,
+        query: str,
+        values: Mapping[str, Any] | None,
+        names: Sequence[str],
+        connection: "duckdb.DuckDBPyConnection",
+    ) -> "duckdb.DuckDBPyRelation":
+        """What a query about tables of these names will answer."""
+        import duckdb
+
+        try:
+            return connection.sql(query, params=values)
+        except duckdb.CatalogException as error:
+            missing = [name for name in names if names != TABLES and not self.directory.has_table(name)]
+            raise self._missing(missing[0]) if missing else LeadlineError(f"query: {one_line(error)}") from None
+        except duckdb.Error as error:
+            raise LeadlineError(f"query: {one_line(error)}") from None
 
     def refuse_unfinished(self) -> None:
         """Raises LeadlineError where not all of its tables are there."""

@@ -7,22 +7,26 @@ from math import isqrt
 import numpy as np
 from PIL import Image
 
-from leadline.config import load_config
+from leadline.config import TorchvisionPoints, load_config
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.points import Points, open_points
 from leadline.query import Run
 
 SIDE = 96  # pixels of the longer side of a small picture, at most
+BARS, TALL = 128, 64  # pixels of a picture of numbers; more numbers than bars share them
 
 
-def points_of(run: Run) -> Points:
-    """The points of a run, opened again to be looked at.
+def points_of(run: Run, download: bool = True) -> Points:
+    """The points of a run, opened again to be looked at; without a download they must be at hand.
 
     Their labels are held against the run's; contents are not, since hashing them takes as long as reading all.
     Raises LeadlineError where they are no longer to be had, or are others.
     """
-    points = open_points(load_config(run.manifest["configuration"]).points)
+    config = load_config(run.manifest["configuration"]).points
+    if isinstance(config, TorchvisionPoints) and not download:
+        config = config.model_copy(update={"download": False})
+    points = open_points(config)
     labels = run.points.to_table(columns=["label"])["label"].to_numpy()
     if not np.array_equal(points.labels, labels):
         raise LeadlineError(f"{run.directory.root}: its data have changed since it was made; restore them")
@@ -43,6 +47,17 @@ def picture(values: Array) -> Image.Image | None:
     if pixels.shape[2] == 3:
         return Image.fromarray(pixels)
     return Image.fromarray(pixels[:, :, 0]).convert("RGB")
+
+
+def bars(values: Array) -> Image.Image:
+    """A picture of numbers of any shape: bars from first to last, as high as they lie between their extremes."""
+    numbers = np.asarray(values, np.float64).ravel()
+    shown = min(len(numbers), BARS)
+    of_bar = np.arange(len(numbers)) * shown // len(numbers)
+    means = np.bincount(of_bar, numbers) / np.bincount(of_bar)
+    heights = np.rint((means - means.min()) * ((TALL - 1) / max(np.ptp(means), 1e-12)))
+    drawn = np.arange(TALL)[::-1, None] <= heights
+    return Image.fromarray((drawn.repeat(BARS // shown, axis=1) * 255).astype(np.uint8)).convert("RGB")
 
 
 def small_picture(values: Array) -> bytes | None:
