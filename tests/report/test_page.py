@@ -134,7 +134,7 @@ def test_without_its_data_a_report_has_no_pictures_and_says_why(tiny_run, tmp_pa
     run.manifest = {**run.manifest, "configuration": {**run.manifest["configuration"], "points": gone}}
     write_report(run, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "There are no pictures of points" in text and "gone.npy" in text and "<img src" not in text
+    assert "There are no pictures of points" in text and "gone.npy" in text and 'alt="point ' not in text
 
 
 def test_an_unfinished_run_is_refused(tiny_run, tmp_path):
