@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from leadline import LeadlineError
+from leadline.query import open_run
 from leadline.report.plots import finished, save_chart
 from leadline.report.study import COLUMNS, TILE, _lines, write_study
 from leadline.study.analyses import ANALYSES, material_of
@@ -37,7 +38,7 @@ def test_all_that_the_page_names_is_there_and_nothing_else(study):
     links = re.findall(r"\]\(([^)]*)\)", text)
     assert {link for link in links if link.endswith(".csv")} == {f"{name}.csv" for name in TABLES}
     assert len(set(links)) == len(links)
-    assert {place.name for place in study.iterdir()} == {*links, "page.md"}
+    assert {place.name for place in study.iterdir()} == {*links, "page.md", "tables"}
     assert all((study / link).stat().st_size for link in links)
     head = text.split("## ")[0]
     for words in ("# Study of studied", "1,797 points", "359 labels corrupted", "k = 30", "mlp-at-20: 4 members"):
@@ -85,8 +86,19 @@ def test_a_study_again_replaces_the_page(tiny_run, tmp_path):
     first = write_study(tiny_run, tmp_path, ["members"], tell=lambda line: None).read_text()
     assert write_study(tiny_run, tmp_path, ["members"], tell=lambda line: None).read_text() == first
     assert "corrupted" not in first and sorted(place.name for place in tmp_path.iterdir()) == [
-        "how_many_members.csv", "how_many_members.svg", "page.md",
+        "how_many_members.csv", "how_many_members.svg", "page.md", "tables",
     ]  # fmt: skip
+
+
+def test_an_analysis_made_alone_leaves_the_others_in_the_page(tiny_run, tmp_path):
+    def page(*only, run=tiny_run):
+        return write_study(run, tmp_path, only, tell=lambda line: None).read_text()
+
+    both = page("kinds", "members")
+    assert page("members") == both and "## Kinds of difficulty" in both and "## How many members" in both
+    other = open_run(tiny_run.directory.root)
+    other.manifest = {**other.manifest, "files": {**other.manifest["files"], "learning/new": "0"}}
+    assert "## Kinds of difficulty" not in page("members", run=other)
 
 
 def test_an_unknown_analysis_is_refused(tiny_run, tmp_path):

@@ -24,6 +24,7 @@ from leadline.study.claims import claims
 from leadline.study.ensembles import Ensemble, read_ensembles
 from leadline.study.kinds import KINDS
 from leadline.study.networks import Networks
+from leadline.study.tables import keep_tables, kept_tables
 
 WIDTH, HEIGHT = 230, 170  # of a panel
 SHOWN = 60  # rows of a table that the page shows whole; longer ones are in their file and figure
@@ -45,8 +46,9 @@ def write_study(
     """Make a study of a finished run: tables as CSV, figures as SVG, and page.md that shows them. Returns the page.
 
     only: names of analyses, by default all; others: runs that were trained again (see `write_again`), compared with
-    this one by the analysis `accuracy`. What networks are asked again is kept in the folder. Analyses that need what
-    the run has not got (corrupted labels, checkpoints, several members) give no table.
+    this one by the analysis `accuracy`. What networks are asked again is kept in the folder, and so are the tables of
+    each analysis: the page shows those that were made now and those that were made before of the run as it is.
+    Analyses that need what the run has not got (corrupted labels, checkpoints, several members) give no table.
 
     Raises LeadlineError for an unknown name, others without `accuracy`, a run that is not finished, and one of others
     that is not this one again.
@@ -60,20 +62,24 @@ def write_study(
         raise LeadlineError("--again: runs that were trained again are compared by accuracy; name it in --only too")
     ensembles = read_ensembles(run)
     material = material_of(ensembles, Networks(run, folder / "networks", tell))
+    compared = again(material, others) if others else {}
     folder.mkdir(parents=True, exist_ok=True)
-    tables = again(material, others) if "accuracy" in chosen else {}
-    sheets: list[str] = []
     for name in chosen:
         tell(name)
-        tables |= analyses[name](material)
-    if (held := claims(tables)) is not None:
-        tables["claims"] = held
+        keep_tables(run, folder / "tables", name, analyses[name](material))
+    if others:
+        keep_tables(run, folder / "tables", "again", compared)
     if "accuracy" in chosen:
         for ensemble in material.ensembles:
             write_again(ensemble, folder / "again" / ensemble.architecture)
     if "kinds" in chosen:
-        sheets = [sheet for ensemble in material.ensembles for sheet in _sheet(ensemble, material.networks, folder)]
-    return _write_page(tables, folder, _about(run, ensembles), sheets)
+        for ensemble in material.ensembles:
+            _draw_typical(ensemble, material.networks, folder)
+    tables = kept_tables(run, folder / "tables")
+    if (held := claims(tables)) is not None:
+        tables["claims"] = held
+    sheets = [sheet for ensemble in material.ensembles if (sheet := _sheet(folder, ensemble)).exists()]
+    return _write_page(tables, folder, _about(run, ensembles), sheets if "kinds" in tables else [])
 
 
 def _about(run: Run, ensembles: Sequence[Ensemble]) -> list[str]:
@@ -94,27 +100,32 @@ def _about(run: Run, ensembles: Sequence[Ensemble]) -> list[str]:
     ]
 
 
-def _sheet(ensemble: Ensemble, networks: Networks, folder: Path) -> list[str]:
-    """A picture of the most typical images of each kind, where points are images. Returns its name, in a list."""
-    if len(networks.points.input_shape) != 3:
-        return []
+def _draw_typical(ensemble: Ensemble, networks: Networks, folder: Path) -> None:
+    """A picture of the most typical images of each kind, where points are images."""
     plane = plane_of_ensemble(ensemble)
-    if plane.beyond is None:
-        return []
-    rows = [networks.points.read(ids) for ids in plane.typical(COLUMNS)]
-    name = f"kinds-{ensemble.architecture}.png"
-    write_sheet(folder / name, rows)
-    return [name]
+    if len(networks.points.input_shape) == 3 and plane.beyond is not None:
+        write_sheet(_sheet(folder, ensemble), [networks.points.read(ids) for ids in plane.typical(COLUMNS)])
 
 
-def _write_page(tables: Mapping[str, pa.Table], folder: Path, about: Sequence[str], sheets: Sequence[str]) -> Path:
+def _sheet(folder: Path, ensemble: Ensemble) -> Path:
+    return folder / f"kinds-{ensemble.architecture}.png"
+
+
+def _write_page(tables: Mapping[str, pa.Table], folder: Path, about: Sequence[str], sheets: Sequence[Path]) -> Path:
     lines = [line for paragraph in about for line in (paragraph, "")]
     for name, section in SECTIONS.items():
         if name in tables:
             lines += _section(name, section, tables[name], folder)
     for sheet in sheets:
-        what = f"The most typical images of each kind, {sheet.removeprefix('kinds-').removesuffix('.png')}"
-        lines += [f"## {what}", "", f"A line of images for each: {', '.join(KINDS)}.", "", f"![{what}]({sheet})", ""]
+        what = f"The most typical images of each kind, {sheet.stem.removeprefix('kinds-')}"
+        lines += [
+            f"## {what}",
+            "",
+            f"A line of images for each: {', '.join(KINDS)}.",
+            "",
+            f"![{what}]({sheet.name})",
+            "",
+        ]
     page = folder / "page.md"
     with replacing(page) as beside:
         beside.write_text("\n".join(lines))
