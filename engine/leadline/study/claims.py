@@ -149,7 +149,7 @@ def _better(told: Told) -> Iterator[Measured | None]:
 CLAIMS: dict[str, Callable[[Told], Iterator[Measured | None]]] = {
     "Deep points are uncertain, and often answered wrongly": _with_depth,
     "Easy data are learned first": _with_learning,
-    "Depth is a property of the point, more than of the network": _between,
+    "Depth is in part a property of the point: architectures agree": _between,
     "Kinds of difficult points are processed differently": _kinds,
     "Later layers memorise": _memorise,
     "Early layers generalise where later ones memorise wrong labels": _generalise,
