@@ -34,6 +34,7 @@ def test_layers_are_measured_in_parallel_with_the_same_result(tmp_path):
     assert all("cores" in layer["hardware"] for layer in found["layers"])
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):
     np.save(tmp_path / "labels.npy", np.zeros(50, np.int64))
     np.save(tmp_path / "0.npy", np.zeros((50, 4), np.float32))

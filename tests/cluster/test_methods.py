@@ -158,6 +158,7 @@ def test_damage_to_what_is_kept_is_found_by_its_fingerprint(indexed_run, tmp_pat
         copy.depth_of("mlp-1", np.zeros((1, 1, 8, 8)))
 
 
+@pytest.mark.slow
 def test_auto_keeps_its_target_and_says_why(tiny_run, tmp_path):
     config = {
         **TINY,

@@ -77,6 +77,7 @@ def command(tmp_path, bucket):
     return [LEADLINE, "run", str(config), "--out", f"s3://{bucket}/runs/tiny"]
 
 
+@pytest.mark.slow
 def test_a_run_over_a_bad_line(s3, bucket, line, command, tiny_run):
     """Every fourth write breaks off or is refused, while everything that a listing shows is read all the time."""
     writes, over, seen, unreadable = [], threading.Event(), set(), []

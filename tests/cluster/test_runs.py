@@ -113,7 +113,8 @@ def test_tables_do_not_depend_on_workers_or_shards(tiny_run, tmp_path, workers, 
     assert tables_of(other.directory.root) == tables_of(tiny_run.directory.root)
 
 
-@pytest.mark.parametrize("votes", ["all", pytest.param("until-decided", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("votes", ["all", "until-decided"])
 def test_banks_that_no_worker_holds_are_searched_in_parts(request, tmp_path, votes):
     """Cut into up to eight parts, each searched alone; votes and depths are the same, ties and all."""
     other = leadline.run({**changed(memory_budget=480_000), "votes": votes}, tmp_path / "run")
@@ -198,6 +199,7 @@ def test_a_worker_that_dies_is_replaced(tiny_run, tmp_path):
     assert tables_of(run) == tables_of(tiny_run.directory.root)
 
 
+@pytest.mark.slow
 def test_ray_is_left_as_it_was_where_a_process_is_connected_already(tiny_run, tmp_path):
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
     try:

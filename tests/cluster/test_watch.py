@@ -152,6 +152,7 @@ def test_a_run_is_watched_from_outside_and_seen_to_be_dead(tmp_path, monkeypatch
     assert json.loads(answer.stdout)["driver"]["pid"] == driver.pid
 
 
+@pytest.mark.slow
 def test_what_is_tried_again_divided_or_set_aside_is_logged_with_its_error(tiny_run, tmp_path):
     """A member with broken weights, and a worker that is killed."""
     weights = tmp_path / "mlp-{seed}.safetensors"

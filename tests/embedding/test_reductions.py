@@ -208,7 +208,7 @@ def streamed(values, batch=100):
     return lambda: ([values[first : first + batch]] for first in range(0, len(values), batch))
 
 
-@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("size", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_principal_directions_are_scikit_learns(wide, size):
     shifted = wide + 50  # far from the origin, as activations may be
     (found,) = principal_directions(streamed(shifted), [size])
