@@ -25,10 +25,12 @@ from record import stamp, write_result
 
 import leadline
 from leadline.cluster.work import blocks
+from leadline.config import load_config
 from leadline.depth import combine, is_unsettled
 from leadline.depth.ensemble import MemberDepths
 from leadline.knn import Votes
 from leadline.query import named_queries
+from leadline.report.explorer.data import Explorer, Page, Selection
 from leadline.store import RunDirectory
 from leadline.store.files import write_json
 from leadline.store.schemas import DEPTHS, ENSEMBLE, MEMBERS, POINTS, PROBES, vote_columns, votes_schema
@@ -133,7 +135,16 @@ def write_run(made: MadeUp, directory: RunDirectory) -> None:
     rows = [row for member in made.members for row in _probe_rows(made, member)]
     write_table(directory.table("probes"), PROBES, [_filled(rows, PROBES)], {})
     write_table(directory.table("ensemble"), ENSEMBLE, _ensemble(made, directory), {})
-    write_json(directory.manifest_path, {"name": directory.root.name, "status": "complete"})
+    write_json(directory.manifest_path, _manifest(directory.root.name))
+
+
+def _manifest(name: str) -> dict[str, Any]:
+    """What an explorer asks of it; there are no inputs."""
+    points = {"source": "npy", "inputs": "none.npy", "labels": "none.npy"}
+    members = [{"architecture": "mlp", "name": one, "training": {"steps": 1}} for one in ARCHITECTURES]
+    config = load_config({"name": name, "points": points, "members": members, "k": K})
+    stamps = {"fingerprint": "made up", "data": {"fingerprint": "made up"}}
+    return {"name": name, "status": "complete", "configuration": config.record(), **stamps}
 
 
 def _write_member(made: MadeUp, directory: RunDirectory, number: int) -> None:
@@ -189,7 +200,7 @@ def shuffle_run(directory: RunDirectory, shuffled: RunDirectory) -> None:
     files = sorted(directory.root.rglob("*.parquet"))
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(shuffle, files))
-    write_json(shuffled.manifest_path, {"name": "shuffled", "status": "complete"})
+    write_json(shuffled.manifest_path, _manifest("shuffled"))
 
 
 def weight(directory: RunDirectory, n_rows: dict[str, int]) -> dict[str, Any]:
@@ -203,12 +214,32 @@ def weight(directory: RunDirectory, n_rows: dict[str, int]) -> dict[str, Any]:
 
 def ask(directory: RunDirectory, queries: Iterable[str]) -> tuple[list[pa.Table], dict[str, float]]:
     """The answers, and seconds: of the first, and of the others the median and the least."""
-    answers, times = [], []
-    for query in queries:
+    answers: list[pa.Table] = []
+    return answers, timed(lambda query: answers.append(leadline.open(directory.root).sql(query)), queries)
+
+
+def timed(answer: Callable[[Any], Any], asked: Iterable[Any]) -> dict[str, float]:
+    times = []
+    for one in asked:
         started = time.perf_counter()
-        answers.append(leadline.open(directory.root).sql(query))
+        answer(one)
         times.append(time.perf_counter() - started)
-    return answers, {"first": times[0], "warm": statistics.median(times[1:]), "least": min(times[1:])}
+    return {"first": times[0], "warm": statistics.median(times[1:]), "least": min(times[1:])}
+
+
+def explore(directory: RunDirectory) -> dict[str, dict[str, float]]:
+    """Seconds of what the explorer's page asks its server for."""
+    explorer = Explorer(leadline.open(directory.root))
+    again = range(1 + WARM)
+    whole = [Selection(architecture=ARCHITECTURES[0]) for _ in again]
+    chosen = [Selection(architecture=ARCHITECTURES[0], label=label) for label in again]
+    pages = [Page(architecture=ARCHITECTURES[0], held_out_from=3.0, held_out_to=9.0, offset=48 * i) for i in again]
+    return {
+        "plane": timed(explorer.plane, whole),
+        "plane of a class": timed(explorer.plane, chosen),
+        "page of a region": timed(explorer.points, pages),
+        "one point": timed(lambda label: explorer.point(97 * label, ARCHITECTURES[0]), again),
+    }
 
 
 def made_once(directory: RunDirectory, write: Callable[[], None]) -> float | None:
@@ -253,11 +284,15 @@ def main(
         if "learning" not in query:  # it has no such table
             _, named[name] = ask(run, [query] * (1 + WARM))
             print(f"--named {name:42}  {_shown(named[name])}")
+    explored = explore(run)
+    for name, seconds in explored.items():
+        print(f"explorer: {name:40}  {_shown(seconds)}")
     write_result(
         f"query-{size}",
         {
             **stamp(PACKAGES, THREADS), "load_of_the_machine": os.getloadavg(), "classes": classes,
             "seconds_of_writing": written, "weights": weights, "seconds": times, "seconds_of_named_queries": named,
+            "seconds_of_the_explorer": explored,
         },
     )  # fmt: skip
 
