@@ -52,6 +52,28 @@ def explored_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def clothes_run(tmp_path_factory):
+    """A finished run of 3,000 images of the real Fashion-MNIST, to be read and not changed."""
+    import numpy as np
+
+    import leadline
+    from leadline.config import load_config
+    from leadline.points import open_points
+
+    if not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not there")
+    folder = tmp_path_factory.mktemp("clothes")
+    points = open_points(load_config({**TINY, "points": {"source": "fashion-mnist"}}).points)
+    some = np.r_[:2500, 60_000:60_500]
+    values = {"inputs": points.read(some), "labels": points.labels[some], "parts": points.parts[some]}
+    for name, array in values.items():
+        np.save(folder / f"{name}.npy", array)
+    source = {"source": "npy", **{name: str(folder / f"{name}.npy") for name in values}}
+    entry = {**TINY["members"][0], "split": {"kind": "random", "share": 0.6}}
+    return leadline.run({**TINY, "name": "clothes", "points": source, "members": [entry]}, folder / "run")
+
+
+@pytest.fixture(scope="session")
 def explore():
     """`leadline explore` of a run, as a context: the address that it prints. Ctrl-C ends it; it has said no more."""
 

@@ -152,6 +152,20 @@ def test_a_brushed_region_changes_the_gallery(page, ensemble):
     page.until(lambda: page.keys() == before)
 
 
+def test_images_of_clothes_are_shown_and_a_brush_changes_which(browser, by, clothes_run, explore):
+    page = Page(browser, by)
+    with explore(clothes_run.directory.root) as address:
+        page.open(address)
+        page.until(lambda: page.loaded("#gallery img"))
+        size = "return [...document.querySelectorAll('#gallery img')].map((image) => image.naturalWidth)"
+        assert set(browser.execute_script(size)) == {28}
+        before = page.keys()
+        page.brush((0.3, 0.05), (0.98, 0.6))
+        page.until(lambda: page.text("#gallery-title") != "3,000 points" and page.keys() != before)
+        page.until(lambda: page.loaded("#gallery img"))
+        assert browser.console() == []
+
+
 def test_a_region_can_be_typed_and_is_drawn(page, ensemble):
     from selenium.webdriver.common.keys import Keys
 

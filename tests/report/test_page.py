@@ -3,11 +3,14 @@
 import io
 import json
 import re
+import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -113,11 +116,6 @@ def test_the_trail_of_votes_is_that_of_a_loop(text, studied_run):
 
 def test_names_are_text(tmp_path, tiny_run):
     """A class whose name is markup."""
-    import shutil
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     shutil.copytree(tiny_run.directory.root, tmp_path / "run")
     name, bad = tmp_path / "run" / "points.parquet", "<script>alert(1)</script>"
     table = pq.ParquetFile(name).read()
@@ -143,3 +141,23 @@ def test_an_unfinished_run_is_refused(tiny_run, tmp_path):
     with pytest.raises(leadline.LeadlineError, match="the run is running; finish it"):
         write_report(run, tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("table", ["points.parquet", "ensemble.parquet", "depths/member=mlp-1/part-0.parquet"])
+def test_a_damaged_table_is_told_in_a_line(tiny_run, tmp_path, table):
+    root = tmp_path / "run"
+    shutil.copytree(tiny_run.directory.root, root)
+    (root / table).write_bytes((root / table).read_bytes()[:-100])
+    with pytest.raises(leadline.LeadlineError) as told:
+        write_report(open_run(root), tmp_path / "page.html")
+    assert table in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_in_a_bucket_has_the_same_report(s3, bucket, tiny_run, tmp_path):
+    root = tiny_run.directory.root
+    for path in (path for path in root.rglob("*") if path.suffix in (".parquet", ".json")):
+        s3.upload_file(str(path), bucket, f"run/{path.relative_to(root)}")
+    write_report(open_run(f"s3://{bucket}/run"), tmp_path / "bucket.html")
+    write_report(tiny_run, tmp_path / "here.html")
+    assert (tmp_path / "bucket.html").read_text() == (tmp_path / "here.html").read_text()

@@ -68,3 +68,19 @@ def test_a_label_s_name_is_text(opened):
     scripts = browser.execute_script("return [...document.scripts].map(at => at.textContent)")
     assert not any(text.startswith("alert") for text in scripts)
     assert browser.execute_script("return typeof window.vegaEmbed") == "function"
+
+
+def test_a_report_of_clothes_shows_them(browser, clothes_run, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    write_report(clothes_run, tmp_path / "page.html")
+    browser.console()
+    browser.get((tmp_path / "page.html").as_uri())
+    browser.execute_script("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
+    shown = "return [...document.images].map((image) => image.complete && image.naturalWidth)"
+    WebDriverWait(browser, 60).until(lambda _: set(browser.execute_script(shown)) == {28})
+    kinds = browser.execute_script("return document.querySelectorAll('.images').length")
+    assert kinds == 4 and len(browser.execute_script(shown)) > 24
+    drawn = "return document.querySelectorAll('.chart svg .mark-rect path').length"
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(drawn) > 10)
+    assert browser.console() == []
