@@ -94,6 +94,17 @@ def test_kinds_and_hardest_points_are_those_of_the_tables(text, studied_run):
     assert [f"<td>{depth:.2f}</td>" in row for depth, row in zip(deepest, rows, strict=True)] == [True] * HARDEST
 
 
+def test_the_time_of_every_stage_is_told(text, studied_run):
+    table = text.split("<h2>The run</h2>")[1].split("</table>")[0]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>\s*<td>(.*?)</td><td>(.*?)</td></tr>", table)
+    assert [row[0] for row in rows] == list(studied_run.manifest["stages"])
+    for row, told in zip(rows, studied_run.manifest["stages"].values(), strict=True):
+        assert row[1:3] == (f"{told['units']:,}", f"{told['work']:,} {told['measure']}")
+        assert [float(value.replace(",", "")) for value in row[3:]] == pytest.approx(
+            [told["worker_seconds"], told["seconds"]], abs=0.051
+        )
+
+
 def test_the_trail_of_votes_is_that_of_a_loop(text, studied_run):
     chapter = text.split("<h2>mlp: the hardest points</h2>")[1].split("<h2>")[0]
     row = re.findall(r"<tr><td title=.*?</tr>", chapter, re.S)[0]
