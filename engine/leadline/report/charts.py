@@ -1,6 +1,7 @@
 """Charts of a run, of what DuckDB has added up: none holds a row for each point, however many there are."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import altair as alt
@@ -36,6 +37,7 @@ class Charts:
     def __init__(self, run: Run) -> None:
         run.refuse_unfinished()
         self._run = run
+        self._by_depth = lru_cache(self._read_by_depth)  # a page draws each measure
         self.architectures = architectures(run)
         found = run.sql("SELECT DISTINCT architecture, n_probes FROM members").to_pylist()
         self._n_probes = {row["architecture"]: row["n_probes"] for row in found}
@@ -98,14 +100,7 @@ class Charts:
         if measure not in MEASURES:
             raise LeadlineError(f"measure: {measure!r} is none; allowed: {', '.join(MEASURES)}")
         name = self._named(architecture)
-        found = self._run.sql(f"""
-            SELECT d.member, d.depth, avg((d.prediction = d.label)::DOUBLE) AS accuracy,
-                avg((d.prediction = e.consensus_class)::DOUBLE) FILTER (e.n_held_out > 1) AS consistency,
-                avg(d.entropy) AS entropy, count(*) AS n, count(*) FILTER (e.n_held_out > 1) AS n_with_peers
-            FROM depths d JOIN members m ON d.member = m.member
-                JOIN ensemble e ON e.architecture = m.architecture AND e.point_id = d.point_id
-            WHERE m.architecture = {quoted(name)} AND NOT d.in_training GROUP BY ALL
-        """).to_pylist()
+        found = self._by_depth(name)
         members = sorted({row["member"] for row in found})
         values = np.full((max(len(members), 1), self._n_probes[name] + 1), np.nan)
         points = np.zeros(values.shape[1], np.int64)
@@ -193,6 +188,18 @@ class Charts:
             ),
             height=28 * max(len(rows), 1),
         )  # fmt: skip
+
+    def _read_by_depth(self, name: str) -> list[dict[str, Any]]:
+        """All MEASURES of each member at each depth, held out, from one pass over the depths of an architecture."""
+        rows: list[dict[str, Any]] = self._run.sql(f"""
+            SELECT d.member, d.depth, avg((d.prediction = d.label)::DOUBLE) AS accuracy,
+                avg((d.prediction = e.consensus_class)::DOUBLE) FILTER (e.n_held_out > 1) AS consistency,
+                avg(d.entropy) AS entropy, count(*) AS n, count(*) FILTER (e.n_held_out > 1) AS n_with_peers
+            FROM depths d JOIN members m ON d.member = m.member
+                JOIN ensemble e ON e.architecture = m.architecture AND e.point_id = d.point_id
+            WHERE m.architecture = {quoted(name)} AND NOT d.in_training GROUP BY ALL
+        """).to_pylist()
+        return rows
 
     def _named(self, architecture: str | None) -> str:
         if architecture is None:

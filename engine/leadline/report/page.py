@@ -15,7 +15,7 @@ from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array
 from leadline.points import Points
 from leadline.query import Run, quoted
-from leadline.report.charts import CLASSES, Charts
+from leadline.report.charts import CLASSES, Charts, plane_chart
 from leadline.report.pictures import data_uri, points_of, small_picture
 from leadline.report.summary import hardest
 from leadline.store.files import replacing
@@ -56,7 +56,6 @@ class Chapter:
     """What the page says of one architecture. trails: the hardest points, each with its votes by probe."""
 
     architecture: str
-    n_members: int
     probes: Sequence[str]
     charts: Sequence[Chart]
     kinds: Sequence[Kind]
@@ -139,19 +138,17 @@ def _chapter(run: Run, charts: Charts, architecture: str, points: Points | None)
         SELECT probe, any_value(name) AS name FROM probes WHERE architecture = {quoted(architecture)}
         GROUP BY probe ORDER BY probe
     """)
-    n_members = len(run.sql(f"SELECT member FROM members WHERE architecture = {quoted(architecture)}"))
     return Chapter(
         architecture=architecture,
-        n_members=n_members,
         probes=named["name"].to_pylist(),
-        charts=_charts(charts, architecture),
+        charts=_charts(charts, architecture, plane_chart(plane, len(named))),
         kinds=[] if plane.beyond is None else _kinds(run, architecture, plane, points),
         beyond=plane.beyond,
         trails=_trails(run, architecture, len(named), points),
     )
 
 
-def _charts(charts: Charts, architecture: str) -> list[Chart]:
+def _charts(charts: Charts, architecture: str, plane: alt.LayerChart) -> list[Chart]:
     by_depth = partial(charts.by_depth, architecture=architecture)
     return [
         _chart(
@@ -186,7 +183,7 @@ def _charts(charts: Charts, architecture: str) -> list[Chart]:
             "Easy, ambiguous, or like another class?",
             "Each cell counts the points of these mean depths. Dashed lines part low from deep; the corners are the "
             "kinds of points below.",
-            charts.plane(architecture),
+            plane,
         ),
         _chart(
             "Which classes are deep?",
@@ -221,14 +218,14 @@ def _kinds(run: Run, architecture: str, plane: Plane, points: Points | None) -> 
 
 
 def _told(run: Run, architecture: str, ids: Array) -> list[dict[str, Any]]:
-    """What is said of points, by name: key, label, consensus class and mean depths."""
+    """What is said of points, by name: key, label, consensus class and mean depth held out."""
     if not len(ids):
         return []
     rows: list[dict[str, Any]] = run.sql(f"""
         WITH names AS (SELECT label, any_value(label_name) AS name FROM points GROUP BY label)
         SELECT p.point_id, p.key, coalesce(p.label_name, p.label::VARCHAR) AS label,
             coalesce(n.name, e.consensus_class::VARCHAR) AS consensus, e.consensus_class = p.label AS agrees,
-            e.n_held_out, e.held_out_accuracy, e.mean_depth_held_out, e.mean_depth_training
+            e.mean_depth_held_out
         FROM points p JOIN ensemble e USING (point_id) LEFT JOIN names n ON n.label = e.consensus_class
         WHERE e.architecture = {quoted(architecture)} AND p.point_id IN ({", ".join(map(str, ids.tolist()))})
     """).to_pylist()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from leadline.study.rows import Row
 
-Told = Mapping[str, list[Row]]  # the rows of each table
+Told = Mapping[str, list[Row]]  # the rows of each table that have a value
 FALLS, RISES = -1, 1
 WITH_DEPTH = {
     "accuracy": FALLS, "consensus-consistency": FALLS, "confidence": FALLS, "entropy": RISES, "output margin": FALLS,
@@ -44,7 +44,11 @@ def claims(tables: Mapping[str, pa.Table]) -> pa.Table | None:
     claim, architecture, measured: what of; value, low, high (of 95 %, see the module), verdict: "holds", "does not
     hold" or "open".
     """
-    told = {name: table.to_pylist() for name, table in tables.items()}
+    told = {
+        name: [row for row in table.to_pylist() if row["value"] is not None]
+        for name, table in tables.items()
+        if "value" in table.column_names
+    }
     rows = [
         {
             "claim": claim, "architecture": one.architecture, "measured": one.what, "value": one.value, "low": one.low,
@@ -52,34 +56,33 @@ def claims(tables: Mapping[str, pa.Table]) -> pa.Table | None:
         }
         for claim, measure in CLAIMS.items()
         for one in measure(told)
-        if one is not None
     ]  # fmt: skip
     return pa.Table.from_pylist(rows) if rows else None
 
 
-def _with_depth(told: Told) -> Iterator[Measured | None]:
+def _with_depth(told: Told) -> Iterator[Measured]:
     for row in told.get("rank_correlations", []):
         if row["split"] == "held out" and (sign := WITH_DEPTH.get(row["measure"])):
             yield _measured(row, f"rank correlation of held-out depth with {row['measure']}", sign)
 
 
-def _with_learning(told: Told) -> Iterator[Measured | None]:
+def _with_learning(told: Told) -> Iterator[Measured]:
     for row in told.get("rank_correlations", []):
         if row["measure"] == "iteration learned":
             yield _measured(row, f"rank correlation of depth, {row['split']}, with the iteration learned", RISES)
 
 
-def _between(told: Told) -> Iterator[Measured | None]:
+def _between(told: Told) -> Iterator[Measured]:
     for row in told.get("between_architectures", []):
         what = f"rank correlation of depth, {row['split']}, with that in {row['other']}"
         yield _measured(row, what, RISES)
 
 
-def _kinds(told: Told) -> Iterator[Measured | None]:
+def _kinds(told: Told) -> Iterator[Measured]:
     """Halfway through a network that is trained on the points, how much more often votes give their label to those that
     are ambiguous unless it is given, than to those that look like a different class. In part by construction: kinds are
     made of the depths of these votes."""
-    rows = [row for row in told.get("kinds_by_layer", []) if row["split"] == "training" and row["value"] is not None]
+    rows = [row for row in told.get("kinds_by_layer", []) if row["split"] == "training"]
     one, other = "ambiguous unless the label is given", "looks like a different class"
     for architecture in _architectures(rows):
         own = [row for row in rows if row["architecture"] == architecture]
@@ -90,7 +93,7 @@ def _kinds(told: Told) -> Iterator[Measured | None]:
             yield _difference(what, RISES, architecture, [there[one]], [there[other]])
 
 
-def _memorise(told: Told) -> Iterator[Measured | None]:
+def _memorise(told: Told) -> Iterator[Measured]:
     """How much farther training is above held out at the softmax than at the input."""
     for architecture, of in _by_probe(told, group="label uncorrupted", against="given label").items():
         inside, held_out = of.get("training"), of.get("held out")
@@ -99,7 +102,7 @@ def _memorise(told: Told) -> Iterator[Measured | None]:
             yield _difference(what, RISES, architecture, [inside[-1], held_out[0]], [held_out[-1], inside[0]])
 
 
-def _generalise(told: Told) -> Iterator[Measured | None]:
+def _generalise(told: Told) -> Iterator[Measured]:
     """Corrupted points that a network was trained on: votes for the clean and the given label, at the first layer after
     the input and at the softmax."""
     given = _by_probe(told, group="label corrupted", against="given label")
@@ -113,7 +116,7 @@ def _generalise(told: Told) -> Iterator[Measured | None]:
             yield _difference(what, RISES, architecture, [wrong[-1]], [wrong[1]])
 
 
-def _converge(told: Told) -> Iterator[Measured | None]:
+def _converge(told: Told) -> Iterator[Measured]:
     rows = told.get("step_of_convergence", [])
     for architecture in _architectures(rows):
         own = sorted((row for row in rows if row["architecture"] == architecture), key=lambda row: row["probe"])
@@ -122,7 +125,7 @@ def _converge(told: Told) -> Iterator[Measured | None]:
             yield _difference(what, RISES, architecture, [own[-1]], [own[1]])
 
 
-def _find(told: Told) -> Iterator[Measured | None]:
+def _find(told: Told) -> Iterator[Measured]:
     rows = [row for row in told.get("corrupted_labels", []) if row["measure"] == "average precision"]
     for architecture in _architectures(rows):
         own = {row["score"]: row for row in rows if row["architecture"] == architecture}
@@ -133,7 +136,7 @@ def _find(told: Told) -> Iterator[Measured | None]:
                     yield _difference(what, RISES, architecture, [row], [rival])
 
 
-def _better(told: Told) -> Iterator[Measured | None]:
+def _better(told: Told) -> Iterator[Measured]:
     for table, how in (("early_read_out", "early read-out"), ("trained_again", "trained again")):
         for row in told.get(table, []):
             if row["what"].endswith(", gain"):
@@ -146,7 +149,7 @@ def _better(told: Told) -> Iterator[Measured | None]:
             yield _measured(row, what, FALLS)
 
 
-CLAIMS: dict[str, Callable[[Told], Iterator[Measured | None]]] = {
+CLAIMS: dict[str, Callable[[Told], Iterator[Measured]]] = {
     "Deep points are uncertain, and often answered wrongly": _with_depth,
     "Easy data are learned first": _with_learning,
     "Depth is in part a property of the point: architectures agree": _between,
@@ -159,9 +162,7 @@ CLAIMS: dict[str, Callable[[Told], Iterator[Measured | None]]] = {
 }
 
 
-def _measured(row: Row, what: str, sign: int) -> Measured | None:
-    if row["value"] is None:
-        return None
+def _measured(row: Row, what: str, sign: int) -> Measured:
     return Measured(what, row["value"], row["low"], row["high"], sign, row["architecture"])
 
 
@@ -176,10 +177,10 @@ def _difference(what: str, sign: int, architecture: str, plus: list[Row], minus:
 
 
 def _by_probe(told: Told, group: str, against: str) -> dict[str, dict[str, list[Row]]]:
-    """Probe accuracies in the order of the probes: architecture → split → rows; those without a value left out."""
+    """Probe accuracies in the order of the probes: architecture → split → rows."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in told.get("probe_accuracy", []):
-        if (row["points"], row["against"]) == (group, against) and row["value"] is not None:
+        if (row["points"], row["against"]) == (group, against):
             found.setdefault(row["architecture"], {}).setdefault(row["split"], []).append(row)
     return found
 

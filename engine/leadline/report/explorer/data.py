@@ -19,7 +19,8 @@ from leadline.new_points import KeptMember
 from leadline.query import Run
 from leadline.report.explorer.images import Images
 from leadline.study.export import with_fingerprints
-from leadline.study.kinds import KINDS, UNPLACED, thresholds
+from leadline.study.kinds import KINDS, UNPLACED
+from leadline.study.plane import read_plane
 
 STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # widths of the plane's bins, in layers
 BINS = 64  # of each side of the plane, at most
@@ -298,13 +299,8 @@ class Explorer:
 
     @lru_cache(64)  # noqa: B019 (there is one Explorer in a process)
     def _thresholds(self, architecture: str) -> tuple[float, float] | None:
-        """Of `study.kinds`, held out and in training; None where no point has both depths."""
-        table = self.run.sql(
-            """SELECT mean_depth_held_out AS held_out, mean_depth_training AS training FROM ensemble
-            WHERE architecture = $architecture AND mean_depth_held_out + mean_depth_training IS NOT NULL""",
-            values={"architecture": architecture},
-        )
-        return thresholds(table["held_out"].to_numpy(), table["training"].to_numpy()) if len(table) else None
+        """Of `study.plane`, held out and in training; None where no point has both depths."""
+        return read_plane(self.run, architecture).beyond
 
     def _chosen(self, selection: Selection, region: bool = True) -> tuple[str, dict[str, Any]]:
         """SQL of the ensemble's rows that a selection has, with their `kind`; and the values of its names."""
