@@ -1,6 +1,8 @@
 """Depths of one PyTorch model in one process, in memory: no Ray, no files."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import embed_batch, fit_directions
+from leadline.embedding import Outputs, embed_resident, fit_directions
 from leadline.embedding.reductions import (
     Choice,
     Reducer,
@@ -19,25 +21,30 @@ from leadline.embedding.reductions import (
     stored_width,
 )
 from leadline.errors import LeadlineError
-from leadline.knn import knn_votes, usable_method
+from leadline.knn import Votes, knn_votes, usable_method
 from leadline.members.probes import Probe, place_probes
 from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FIT_BYTES = 4 << 30  # that a fit of principal directions may take
+EMBEDDED, DECODED = 0.4, 0.1  # shares of a GPU's free memory for embeddings, and for inputs that are read again
+PRECISIONS = ("float32", "bfloat16")
 
 
 def prediction_depth(
     model: torch.nn.Module, bank: Any, queries: Any = None, *, probes: str | Sequence[str] = "auto", k: int = 30,
     method: str = "exact", batch_size: int = 256, device: str | torch.device | None = None, reduction: Choice = "none",
+    precision: str = "float32",
 ) -> pa.Table:  # fmt: skip
     """Prediction depth of each query under one model (definition: `leadline.depth_from_votes`).
 
     bank, queries: map-style data sets of (input tensor or array, integer label); bank is what the model was trained on.
     queries=None: the bank itself, each point left out of its own neighbours. probes: "auto", "paper" (for the
     architectures that Leadline brings) or module names, with wildcards; the input and the softmax are always probes.
-    device: where the model and the products run, by default where the model's parameters lie; embeddings are kept in
-    main memory, (bank + queries) x the sum of the stored widths x 4 bytes.
+    device: where the model and the searches run, by default where the model's parameters lie, and where embeddings are
+    kept, (bank + queries) x the sum of the stored widths x 4 bytes. A GPU takes as many probes at a time as its memory
+    allows, and runs the points through the model once for each such group.
+    precision: of the forward pass, "float32" or "bfloat16" (autocast), which changes the embeddings.
     reduction: what is stored of the embeddings: "none", "pca:M" (fitted to the bank), "jl:M" or "pool:HxW" for all but
     the input and the softmax, or these by probe name, with wildcards; wider layers are measured in full by default.
     method: as in `leadline.knn_votes`, at every probe.
@@ -45,7 +52,7 @@ def prediction_depth(
     Returns one row a query: point_id int64 (its place in the data set), label int32, in_training bool, prediction
     int32, confidence, margin, entropy float32, depth int16, unsettled bool, and the votes winner, winner_votes,
     runner_up, runner_up_votes, fixed-size lists of int32 over the probes, whose names and reductions are in the
-    schema's metadata under "probes" and "reductions", one a line.
+    schema's metadata under "probes" and "reductions", one a line, and the precision under "precision".
 
     Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, fewer than
     k bank points to choose from, reductions that are unknown or do not fit the probes, and a method that is not known
@@ -53,6 +60,8 @@ def prediction_depth(
     """
     if batch_size < 1:
         raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
+    if precision not in PRECISIONS:
+        raise LeadlineError(f"precision: {precision!r}; allowed: {', '.join(PRECISIONS)}")
     usable_method(method)  # before the work of embedding, not after it
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -66,16 +75,29 @@ def prediction_depth(
         batch_size=batch_size, memory=FIT_BYTES, member="bank",
     )  # fmt: skip
     reducers = make_reducers(placed, directions)
-    bank_embeddings, bank_labels, bank_outputs = _embed(model, placed, reducers, bank, "bank", batch_size, device)
-    if queries is None:
-        embeddings, labels, outputs, exclude = bank_embeddings, bank_labels, bank_outputs, np.arange(len(bank_labels))
-    else:
-        embeddings, labels, outputs = _embed(model, placed, reducers, queries, "queries", batch_size, device)
-        exclude = None
-    votes = [
-        knn_votes(rows, bank_labels, asked, k=k, exclude=exclude, method=method, device=device)
-        for rows, asked in zip(bank_embeddings, embeddings, strict=True)
-    ]
+    device = torch.device(device)
+    forward = _Forward(model, precision, batch_size, device)
+    sets = [_Points(bank, "bank", device)] + ([_Points(queries, "queries", device)] if queries is not None else [])
+    exclude = np.arange(len(bank)) if queries is None else None
+    votes: list[Votes] = []
+    for group in _groups(placed, sum(len(points) for points in sets), device):
+        embedded = [forward.embed(points, placed, reducers, group) for points in sets]
+        bank_labels, (labels, outputs) = sets[0].labels, (sets[-1].labels, embedded[-1][1])
+        for _ in group:
+            # Each probe's embeddings are gone before the next one's search.
+            rows, asked = embedded[0][0].pop(0), embedded[-1][0].pop(0) if queries is not None else None
+            votes.append(
+                knn_votes(
+                    rows,
+                    bank_labels,
+                    rows if asked is None else asked,
+                    k=k,
+                    exclude=exclude,
+                    method=method,
+                    device=device,
+                )  # fmt: skip
+            )
+            del rows, asked
     depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), outputs["prediction"])
     columns = {
         "point_id": pa.array(np.arange(len(labels))),
@@ -87,26 +109,77 @@ def prediction_depth(
         **vote_columns(votes),
     }
     names, reductions = ("\n".join(lines) for lines in zip(*((p.name, p.reduction) for p in placed), strict=True))
-    return pa.table(columns).replace_schema_metadata({"probes": names, "reductions": reductions})
+    about = {"probes": names, "reductions": reductions, "precision": precision}
+    return pa.table(columns).replace_schema_metadata(about)
 
 
-def _embed(
-    model: torch.nn.Module, probes: Sequence[Probe], reducers: Sequence[Reducer], points: Any, name: str,
-    batch_size: int, device: Any,
-) -> tuple[list[Array], Array, dict[str, Array]]:  # fmt: skip
-    """Embeddings of a data set, [N, stored width] a probe; its labels int64 [N]; its outputs [N] by column."""
-    labels = np.empty(len(points), np.int64)
-    embeddings = [np.empty((len(points), stored_width(probe)), np.float32) for probe in probes]
-    parts = []
-    for first in range(0, len(points), batch_size):
-        ids = np.arange(first, min(first + batch_size, len(points)))
-        inputs, labels[ids] = _read(points, ids, name, device)
-        batch = embed_batch(model, probes, inputs, first, name, reducers)
-        for kept, values in zip(embeddings, batch.embeddings, strict=True):
-            kept[ids] = values
-        parts.append(batch.outputs)
-    outputs = {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
-    return embeddings, labels, outputs
+class _Points:
+    """A data set of (input, label), read a batch at a time; its inputs stay on a GPU where they are few."""
+
+    def __init__(self, points: Any, name: str, device: torch.device) -> None:
+        self._points, self.name, self._device = points, name, device
+        self.labels = np.empty(len(points), np.int64)
+        self._room = int(DECODED * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+        self._kept: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The number of the first point of each batch, and its inputs on the device; `labels` are read by the way."""
+        for number, first in enumerate(range(0, len(self), size)):
+            if number < len(self._kept):
+                yield first, self._kept[number]
+                continue
+            ids = np.arange(first, min(first + size, len(self)))
+            inputs, self.labels[ids] = _read(self._points, ids, self.name, self._device)
+            self._room -= inputs.nbytes
+            if self._room >= 0:
+                self._kept.append(inputs)
+            yield first, inputs
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """How points go through a model."""
+
+    model: torch.nn.Module
+    precision: str
+    batch_size: int
+    device: torch.device
+
+    def embed(
+        self, points: _Points, probes: Sequence[Probe], reducers: Sequence[Reducer], group: Sequence[int]
+    ) -> tuple[list[torch.Tensor], dict[str, Array]]:
+        """Embeddings of a data set at the probes of a group, float32 [N, stored width] each, and its outputs [N]."""
+        # The input and the softmax belong to every forward pass.
+        passed = [probe for probe in probes if probe.index in group or probe.place is None]
+        wanted = [i for i, probe in enumerate(passed) if probe.index in group]
+        kept = [torch.empty((len(points), stored_width(passed[i])), device=self.device) for i in wanted]
+        parts: list[Outputs] = []
+        for first, inputs in points.batches(self.batch_size):
+            some, outputs = embed_resident(
+                self.model, passed, inputs, first, points.name, [reducers[p.index] for p in passed], self.precision
+            )
+            for rows, i in zip(kept, wanted, strict=True):
+                rows[first : first + len(inputs)] = some[i]
+            parts.append(outputs)
+        return kept, {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
+
+
+def _groups(probes: Sequence[Probe], n_points: int, device: torch.device) -> list[list[int]]:
+    """Indexes of probes whose embeddings of all points are kept together; in main memory all of them are."""
+    room = EMBEDDED * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    groups: list[list[int]] = []
+    left = 0.0
+    for probe in probes:
+        needed = 4 * n_points * stored_width(probe)
+        if not groups or needed > left:
+            groups.append([])
+            left = room
+        groups[-1].append(probe.index)
+        left -= needed
+    return groups
 
 
 def _read(points: Any, ids: Array, name: str, device: Any) -> tuple[torch.Tensor, list[int]]:

@@ -21,7 +21,7 @@ from leadline.config import ImageFolder, MemberConfig, PointsConfig
 from leadline.embedding import embed_batch
 from leadline.embedding.principal import Directions
 from leadline.embedding.reductions import Reducer, make_reducers, parse_reduction, stored_width
-from leadline.knn import Bank, count_votes
+from leadline.knn import bank_on, count_votes
 from leadline.knn.arrays import Array
 from leadline.knn.votes import Votes
 from leadline.members.architectures import build
@@ -424,7 +424,7 @@ def _search_once(rows: Array, graph: Graph, shared: bool, device: torch.device) 
     k = min(graph.common.k if shared else graph.config.k, len(rows) - 1)
     labels = np.arange(len(rows)) % 10
     started = time.perf_counter()
-    bank = Bank(rows, device, graph.config.engine.search_memory)
+    bank = bank_on(rows, device, graph.config.engine.search_memory)
     ready = time.perf_counter() - started
     started = time.perf_counter()
     found, _ = bank.search(rows[:n], k, np.arange(n))

@@ -37,17 +37,32 @@ def embed_batch(
     Raises LeadlineError that names the member, the probe and the point where an embedding or a logit is not finite;
     first_point is the id of the batch's first point.
     """
-    with float32_products():
+    embeddings, outputs = embed_resident(model, probes, inputs, first_point, member, reducers)
+    return Embedded([values.cpu().numpy() for values in embeddings], outputs)
+
+
+def embed_resident(
+    model: torch.nn.Module, probes: Sequence[Probe], inputs: torch.Tensor, first_point: int, member: str,
+    reducers: Sequence[Reducer] | None = None, precision: str = "float32",
+) -> tuple[list[torch.Tensor], Outputs]:  # fmt: skip
+    """As `embed_batch`, but its embeddings stay on the device.
+
+    precision: "bfloat16" runs the network in it, and rounds its embeddings so; they come as float32 nevertheless.
+    """
+    with float32_products(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         embeddings, logits = read_probes(model, probes, inputs)
+    with float32_products():
+        embeddings = [values.float() for values in embeddings]
         if reducers is not None:
             embeddings = [reduce(values) for reduce, values in zip(reducers, embeddings, strict=True)]
-    arrays = [values.cpu().numpy() for values in embeddings]
-    ids = np.arange(first_point, first_point + len(inputs))
     # The logits come first in the list: a softmax that is not finite is their doing.
-    named = [("logits", logits.cpu().numpy()), *zip((p.name for p in probes), arrays, strict=True)]
-    for name, values in named:
-        _check_finite(np.isfinite(values).all(axis=1), ids, name, member)
-    return Embedded(arrays, summarise_logits(named[0][1]))
+    named = [("logits", logits), *zip((p.name for p in probes), embeddings, strict=True)]
+    # One look at all of them: each look waits for the device.
+    if not torch.stack([values.isfinite().all() for _, values in named]).all():
+        ids = np.arange(first_point, first_point + len(inputs))
+        for name, values in named:
+            _check_finite(values.isfinite().all(dim=1).cpu().numpy(), ids, name, member)
+    return embeddings, summarise_logits(logits.float().cpu().numpy())
 
 
 def batch_logits(model: torch.nn.Module, inputs: torch.Tensor, first_point: int, member: str) -> Array:

@@ -3,6 +3,7 @@
 from leadline.knn.exact import MEMORY, NOTHING, Bank, Cost
 from leadline.knn.indexes import Index, build_index, load_index, usable_method
 from leadline.knn.methods import Method, parse_method
+from leadline.knn.on_device import DeviceBank, bank_on
 from leadline.knn.rank import merged
 from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
@@ -11,10 +12,12 @@ __all__ = [
     "NOTHING",
     "Bank",
     "Cost",
+    "DeviceBank",
     "Index",
     "Method",
     "Neighbours",
     "Votes",
+    "bank_on",
     "build_index",
     "count_votes",
     "knn_votes",

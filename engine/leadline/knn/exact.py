@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
-from leadline.knn import kernels, on_device
+from leadline.knn import kernels
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
 from leadline.knn.rank import by_distance, rank_doubtful
 from leadline.knn.screen import NARROW, Screen, cells_of, error_of, prepare, scale_of
@@ -23,9 +23,7 @@ SCALES = 2.0**100  # to which float32 differences may be scaled, either way
 MEMORY = 4 << 30  # bytes of a bank and what is made of it
 LEAST = 60  # queries that go through a bank together
 SHARE = 6  # one part for a tile's rows, the others for what is made of them, the queries, and the work
-DEVICES = ("cpu", "cuda")
-COMPILED = ("cpu",)  # devices that have compiled loops; on the others all is done in torch
-Tile = tuple[Array, Screen | on_device.DeviceScreen]  # bank rows, and what they are seen through
+Tile = tuple[Array, Screen]  # bank rows, and what they are seen through
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,18 @@ class Cost:
 
 
 class Bank:
-    """Bank rows made ready for any number of searches.
+    """Bank rows made ready for any number of searches on the CPU; on a GPU: `on_device.DeviceBank`.
 
-    rows [M, D], real: an array, or anything that is read in slices; device: where products run ("cpu" or a CUDA
-    device); memory_budget: bytes that the search may take beside arrays that lie in memory already. A bank that does
-    not fit is read a tile at a time, by each search. plan: how it is searched, as a sample of it decided.
+    rows [M, D], real: an array, or anything that is read in slices; memory_budget: bytes that the search may take
+    beside arrays that lie in memory already. A bank that does not fit is read a tile at a time, by each search. plan:
+    how it is searched, as a sample of it decided.
 
-    Raises LeadlineError for values that are not finite and for an unknown device.
+    Raises LeadlineError for values that are not finite.
     """
 
-    def __init__(self, rows: Rows, device: str | torch.device = "cpu", memory_budget: int = MEMORY) -> None:
-        self._device = torch.device(device)
-        if self._device.type not in DEVICES:
-            raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
+    def __init__(self, rows: Rows, memory_budget: int = MEMORY) -> None:
         n_bank, width = rows.shape
-        self._compiled = self._device.type in COMPILED
-        # On a device the rows are a copy.
-        fits = (self._compiled and is_in_memory(rows)) or fits_memory(n_bank, width, memory_budget)
+        fits = is_in_memory(rows) or fits_memory(n_bank, width, memory_budget)
         tile, self._at_once = cut(n_bank, width, memory_budget)
         self._step = n_bank if fits else tile
         # Read once, wherever they come from: they may have to be made.
@@ -168,9 +161,7 @@ class Bank:
     def _prepare(self, first: int) -> Tile:
         tile = copied(self._rows, slice(first, first + self._step))
         with full_precision():
-            if self._compiled:
-                return tile, prepare(tile, self._centre, self._scale)
-            return tile, on_device.prepare(tile, self._centre, self._scale, self._device)
+            return tile, prepare(tile, self._centre, self._scale)
 
 
 def fits_memory(n_bank: int, width: int, memory_budget: int) -> bool:
@@ -203,7 +194,7 @@ def _settled(certified: int, reranked: int, fell_through: int) -> Cost:
     return Cost(0, 0, 0, 0, 0, 0, certified, reranked, fell_through)
 
 
-def _cost(screen: Screen | on_device.DeviceScreen, queries: Array, done: Array) -> Cost:
+def _cost(screen: Screen, queries: Array, done: Array) -> Cost:
     pairs, measured, visits = (int(count) for count in done)
     n_cells, seen = screen.centres.shape
     in_all = len(queries) * n_cells

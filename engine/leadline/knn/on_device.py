@@ -1,311 +1,624 @@
-"""The search of `screen` and `kernels` in plain torch, for devices that have no compiled loops: CUDA.
+"""Exact search on a GPU: tiles of queries against tiles of bank rows in float16, and float64 for what is open.
 
-The same bounds leave rows out in the same order, a cell at a time and for many queries together; what a GPU changes in
-the proofs is in docs/decisions/0004. Two things are left out, since they would cut products into small pieces: rows in
-a cell are not sorted into rings, and a limit is not lowered before a whole tile has been seen.
+All is done on the device; rows and queries that lie there never leave it. What differs from the search on a CPU, and
+the proofs, are in docs/decisions/0014. Without Triton, and for what its kernels do not take, all is done in float64.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import inf, isqrt
 
 import numpy as np
 import torch
 
-from leadline.knn.arrays import Array
-from leadline.knn.kernels import CHUNK, FAR, FLOAT32, MARGIN, NEAREST, UNDERFLOW
-from leadline.knn.screen import DEPTH, Axes, cells_of, centres_of, decide, distances
+from leadline.errors import LeadlineError
+from leadline.knn.arrays import Array, Rows, copied
+from leadline.knn.exact import (
+    MEMORY,
+    NOTHING,
+    SCALES,
+    SURVEYED,
+    Bank,
+    Cost,
+    error_of,
+    refuse_non_finite,
+    refuse_other_width,
+    refuse_too_few,
+    scale_of,
+)
+from leadline.knn.screen import NARROW, kmeans
+from leadline.knn.threads import full_precision
 
-QUERIES, ROWS = 2048, 16_384  # of one tile
-BYTES = 128 << 20  # of what is made of many rows at once
-ROUNDOFF = 2 * FLOAT32  # of a sum in float32: tensor cores may cut off where others round
+try:
+    from leadline.knn import fused
+except ImportError:
+    fused = None  # type: ignore[assignment]
+
+DEVICES = ("cpu", "cuda")
+BYTES = 1 << 30  # of what is made of many rows at once
+SMALL = 2048  # rows of a bank below which all is done in float64
+OF_A_CELL = 2048  # rows, on average
+SAMPLED = 128  # rows of a cell that k-means looks at
+WORTH = 0.8  # share of the rows' squared length that cells leave, above which one cell does as well
+SEEN_FIRST = 4096  # rows that give a query its first limit
+GROWTH = 4  # from one look at the limits to the next, in rows seen
+MOST_ROWS = (64, 256, 1024)  # candidates of queries that are ranked alike; those of more are searched in float64
+BUFFER = 4 << 30  # bytes of what comes out of products
+LONGEST_K = 100  # neighbours that the lists have room for
+FAR = 1e20  # squared length of a query whose products may overflow: it is searched in float64
+SLACK = 2.0**-48  # of float64 arithmetic on rows at most 1 long
+UP = 1 + 2.0**-20  # makes a float32 no less than the float64 that it is made of
+KEPT = 0.8  # share of the device's free memory that a search takes
+Found = tuple[torch.Tensor, torch.Tensor, Cost]  # rows int64 [Q, k] in any order, their float64 squared distances
+
+
+def bank_on(
+    rows: Rows | torch.Tensor, device: str | torch.device = "cpu", memory_budget: int = MEMORY
+) -> "Bank | DeviceBank":
+    """Bank rows [M, D] made ready to be searched there; memory_budget: bytes of main memory, as of `exact.Bank`.
+
+    Raises LeadlineError for values that are not finite and for an unknown device.
+    """
+    kind = torch.device(device).type
+    if kind not in DEVICES:
+        raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
+    if kind == "cpu":
+        return Bank(rows.numpy() if isinstance(rows, torch.Tensor) else rows, memory_budget)
+    return DeviceBank(rows, device)
+
+
+class DeviceBank:
+    """Bank rows made ready on a device for any number of searches; as `exact.Bank`.
+
+    rows [M, D], real: a tensor on the device, which stays where it is, or anything that is read in slices. memory:
+    bytes of the device that a search may take, by default most of what is free. A bank that does not fit is read a
+    tile at a time, by each search, through pinned memory, the next while one is searched.
+
+    Raises LeadlineError for values that are not finite.
+    """
+
+    def __init__(self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None) -> None:
+        self._device = torch.device(device)
+        self._rows, self._memory = rows, _free(self._device) if memory is None else memory
+        n_bank, width = rows.shape
+        # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
+        fits = (isinstance(rows, torch.Tensor) and rows.device == self._device) or 12 * n_bank * width <= self._memory
+        n_tiles = 1 if fits else -(-24 * n_bank * width // self._memory)
+        self._step = max(1, -(-n_bank // n_tiles))
+        self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0) if fits else None
+        self.plan = self._whole.plan if self._whole else f"{-(-n_bank // self._step)} tiles of {self._step} rows"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are held between searches; 0 where each search makes its tiles ready anew."""
+        return self._whole.size_bytes if self._whole else 0
+
+    def search(
+        self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None, winners_of: Array | None = None
+    ) -> tuple[Array, Cost]:
+        """As `exact.Bank.search`: int64 [Q, k], ascending in each query, and the Cost; `winners_of` saves nothing."""
+        rows, _, cost = self.nearest(queries, k, exclude)
+        return rows.sort(dim=1).values.cpu().numpy(), cost
+
+    def by_distance(self, queries: Rows | torch.Tensor, rows: Array) -> tuple[Array, Array]:
+        """As `exact.Bank.by_distance`."""
+        found = torch.from_numpy(rows).to(self._device)
+        squares = torch.empty(rows.shape, dtype=torch.float64, device=self._device)
+        for tile in self._tiles(prepared=False):
+            inside = (found >= tile.first) & (found < tile.first + len(tile.rows))
+            for part in self._parts(queries):
+                which, place = inside[part].nonzero(as_tuple=True)
+                asked = _on(queries, part, self._device)
+                squares[part][which, place] = tile.squares(asked, which, found[part][which, place] - tile.first)
+        ordered, squares = _in_order(found, squares)
+        return ordered.cpu().numpy(), squares.cpu().numpy()
+
+    def nearest(
+        self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None, with_squares: bool = False
+    ) -> Found:
+        """The k nearest rows of each query on the device, int64 [Q, k], in no order; what `search` says of them holds.
+
+        Their squared distances float64 [Q, k] are those that decide where they are asked for, else nothing.
+        """
+        n_bank, n_queries = self._rows.shape[0], queries.shape[0]
+        refuse_other_width(self._rows, queries)
+        refuse_too_few(n_bank, k, exclude)
+        own = torch.from_numpy(np.full(n_queries, -1) if exclude is None else exclude).to(self._device)
+        rows = torch.empty((n_queries, k), dtype=torch.int64, device=self._device)
+        squares = torch.full((n_queries, k), inf, dtype=torch.float64, device=self._device)
+        cost = NOTHING + Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
+        with full_precision():
+            for tile in self._tiles():
+                for part in self._parts(queries):
+                    asked = _on(queries, part, self._device)
+                    _refuse_non_finite(asked, part.start, "query")
+                    mine = own[part] - tile.first
+                    mine[(mine < 0) | (mine >= len(tile.rows))] = -1
+                    found, spent = tile.nearest(asked, min(k, len(tile.rows)), mine)
+                    cost += spent
+                    if self._whole and not with_squares:
+                        rows[part] = found
+                        continue
+                    every = torch.arange(len(asked), device=self._device).repeat_interleave(found.shape[1])
+                    exact = tile.squares(asked, every, found.flatten()).view_as(found)
+                    exact[found == mine[:, None]] = inf
+                    if self._whole:
+                        rows[part], squares[part] = found, exact
+                    else:
+                        rows[part], squares[part] = _merged((rows[part], found + tile.first), (squares[part], exact), k)
+        return rows, squares, cost
+
+    def _tiles(self, prepared: bool = True) -> Iterator["Tile"]:
+        """The bank's tiles, the next of which is brought to the device while one is searched."""
+        if self._whole:
+            yield self._whole
+            return
+        starts = range(0, self._rows.shape[0], self._step)
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+        def bring(first: int) -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return _on(self._rows, slice(first, first + self._step), self._device, pinned=stream is not None)
+
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(bring, 0)
+            for first in starts:
+                rows = coming.result()
+                if stream:
+                    torch.cuda.current_stream(self._device).wait_stream(stream)
+                    rows.record_stream(torch.cuda.current_stream(self._device))
+                if first + self._step < self._rows.shape[0]:
+                    coming = ahead.submit(bring, first + self._step)
+                yield Tile(rows, first, prepared)
+
+    def _parts(self, queries: Rows | torch.Tensor) -> Iterator[slice]:
+        """Queries that go through a tile together."""
+        n, width = queries.shape
+        lists = 12 * fused.CAPACITY if fused else 0
+        of_one = 6 * width + 8 * _n_cells(self._step) + lists + 256
+        step = max(1024, _free(self._device, self._memory) // of_one)
+        step = max(1, -(-n // max(1, -(-n // step))))
+        for first in range(0, n, step):
+            yield slice(first, min(first + step, n))
+
+
+class Tile:
+    """Bank rows [M, D] on a device, the number of the first of them, and what their search is made ready with."""
+
+    def __init__(self, rows: torch.Tensor, first: int, prepared: bool = True) -> None:
+        self.rows, self.first = rows.contiguous(), first
+        self._made: fused.RowTiles | None = None
+        self.plan = "float64"
+        if not prepared:
+            return
+        self._centre, longest = _survey(self.rows, first)
+        self._scale = scale_of(longest)
+        self._narrow = self.rows.shape[1] < NARROW
+        if _has_kernels(self.rows) and len(rows) >= SMALL and 1 / SCALES < self._scale < SCALES:
+            with full_precision():
+                self._centres = self._find_centres()
+                self._make()
+
+    @property
+    def size_bytes(self) -> int:
+        made = self._made
+        return sum(value.nbytes for value in vars(made).values() if isinstance(value, torch.Tensor)) if made else 0
+
+    def nearest(self, queries: torch.Tensor, k: int, own: torch.Tensor) -> tuple[torch.Tensor, Cost]:
+        """The k nearest rows of queries [Q, D], int64 [Q, k]; own int64 [Q]: the row not to have, -1 for none."""
+        if self._made is None or k > LONGEST_K or not len(queries):
+            return self._in_float64(queries, k, own), _settled(0, 0, len(queries))
+        q, order, (n_sure, n_rows), n_pairs = self._screened(queries, k, own)
+        lost = (order >= 0) & ((q.counts < 0) | (n_rows > MOST_ROWS[-1]))
+        which = ((order >= 0) & ~lost).nonzero()[:, 0]
+        chosen = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+        measured = self._settle(queries, q, order, which, n_sure, n_rows, chosen)
+        again = order[lost]
+        if len(again):
+            chosen[again] = self._in_float64(queries[again], k, own[again])
+        certified = int((n_rows[which] == k).sum())
+        return chosen, self._cost(q, n_pairs, len(queries), certified, measured, len(again))
+
+    def squares(self, queries: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """Squared distances of queries[i] and rows[j] as `distance.squared_distance` has them, float64 [n]."""
+        starts, sizes, last, tail = _leaves(queries.shape[1])
+        leaves = torch.tensor([starts, sizes], dtype=torch.int32, device=queries.device)
+        kernels = _has_kernels(self.rows)
+        found = torch.empty(len(i), dtype=torch.float64, device=queries.device)
+        step = max(1, BYTES // (len(starts) if kernels else 24 * queries.shape[1] + 1024))
+        for first in range(0, len(i), step):
+            part = slice(first, first + step)
+            if kernels:
+                sums = fused.measure(queries, self.rows, i[part], j[part], *leaves, last, tail)
+            else:
+                sums = _measured(queries[i[part]], self.rows[j[part]], *leaves, last, tail)
+            while sums.shape[1] > 1:
+                sums = sums[:, 0::2] + sums[:, 1::2]
+            found[part] = sums[:, 0]
+        return found
+
+    # Making ready
+
+    def _find_centres(self) -> torch.Tensor:
+        """Centres of cells, float64 [C, D], in the frame; one where more would hardly be nearer to their rows."""
+        n_cells = _n_cells(len(self.rows))
+        middle = torch.zeros((1, self.rows.shape[1]), dtype=torch.float64, device=self.rows.device)
+        if n_cells == 1:
+            return middle
+        chosen = np.random.default_rng(0).choice(len(self.rows), min(len(self.rows), SAMPLED * n_cells), replace=False)
+        sample = self._placed(self.rows[torch.from_numpy(chosen).to(self.rows.device)]).float()
+        centres = kmeans(sample, n_cells)
+        left = torch.cdist(sample[: 16 * n_cells], centres).amin(dim=1).square().mean()
+        return centres.double() if left <= WORTH * sample.square().sum(dim=1).mean() else middle
+
+    def _make(self) -> None:
+        """Sort the rows into tiles and round them."""
+        size = fused.tile_rows(self.rows.shape[1])
+        made = self._tiled(self.rows, size)
+        self._order, n_places, n_cells = made.order, len(made.order), len(self._centres)
+        self._place = torch.empty(len(self.rows), dtype=torch.int64, device=self.rows.device)
+        none = made.order < 0
+        self._place[made.order[~none]] = (~none).nonzero()[:, 0]
+        apart = _distances(self._centres)
+        bias = torch.zeros((1 if self._narrow else n_cells, n_places), device=self.rows.device)
+        if not self._narrow:
+            cell_of = made.cell.repeat_interleave(size)
+            # From the centre of a query's cell: half of what a row's squared distance falls short of its own cell's.
+            step = max(1, BYTES // (32 * n_cells))
+            for first in range(0, n_places, step):
+                part = slice(first, first + step)
+                bias[:, part] = (0.5 * (apart[:, cell_of[part]].square() - made.far[part].T)).float()
+            bias[cell_of, torch.arange(n_places, device=bias.device)] = (-0.5 * made.squares).float()
+        bias[:, none] = -inf
+        nearest = apart[:, made.cell].argsort(dim=1, stable=True)
+        lengths, lost = made.squares.sqrt(), made.lost.sqrt()
+        by_tile = (len(made.cell), size)
+        self._made = fused.RowTiles(
+            values=made.values,
+            bias=bias,
+            cell=made.cell.int(),
+            longest=_up((lengths + lost).view(by_tile).amax(dim=1)),
+            lost=_up(lost.view(by_tile).amax(dim=1)),
+            inner=(lengths.masked_fill(none, inf).view(by_tile).amin(dim=1) / UP - SLACK).float(),
+            outer=_up(lengths.view(by_tile).amax(dim=1)),
+            apart=apart.float(),
+            nearest=nearest.int(),
+            nearest_cell=made.cell[nearest].int(),
+            size=size,
+        )
+        kind = "float32" if self._narrow else "float16"
+        self.plan = f"all {self.rows.shape[1]} values, {n_cells} cell{'s' * (n_cells > 1)}, {kind}, on the GPU"
+
+    def _tiled(self, rows: torch.Tensor, size: int) -> "_Tiled":
+        """Rows or queries [n, D] in tiles of one cell each, as the kernels take them."""
+        n, n_cells, device = len(rows), len(self._centres), rows.device
+        if n_cells == 1:
+            n_tiles = -(-n // size)
+            order = torch.full((n_tiles * size,), -1, device=device)
+            order[:n] = torch.arange(n, device=device)
+            cell = torch.zeros(n_tiles, dtype=torch.int64, device=device)
+        else:
+            seen, its_cell, radius = self._seen(rows)
+            order, cell = _grouped(its_cell, radius, n_cells, size)
+        at = order.clamp(min=0)
+        if self._narrow:
+            values = (rows[at].float() * self._scale).masked_fill_((order < 0)[:, None], 0)
+            placed = self._placed(rows[at]) - self._centres[cell.repeat_interleave(size)]
+            squares = placed.square_().sum(dim=1).masked_fill_(order < 0, 0)
+            lost = torch.zeros_like(squares)
+        else:
+            cells = cell.int().repeat_interleave(size)
+            values, squares, lost = fused.round_rows(rows, order, cells, self._centre, self._scale, self._centres)
+        return _Tiled(order, cell, values, squares, lost, squares.float()[:, None] if n_cells == 1 else seen[at])
+
+    def _placed(self, rows: torch.Tensor) -> torch.Tensor:
+        """In the frame, float64."""
+        return torch.sub(rows, self._centre).mul_(self._scale)
+
+    def _seen(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Squared distances from the centres, float32 [n, C]; the nearest, int64 [n]; its distance, float64 [n]."""
+        n, n_cells = len(rows), len(self._centres)
+        far = torch.empty((n, n_cells), device=rows.device)
+        cell = torch.empty(n, dtype=torch.int64, device=rows.device)
+        radius = torch.empty(n, dtype=torch.float64, device=rows.device)
+        of_centres = self._centres.square().sum(dim=1)
+        step = max(1, BYTES // (8 * max(rows.shape[1], 2 * n_cells)))
+        for first in range(0, n, step):
+            part = slice(first, first + step)
+            placed = self._placed(rows[part])
+            squares = torch.linalg.vector_norm(placed, dim=1).square_()
+            found = torch.addmm(of_centres[None], placed, self._centres.T, alpha=-2).add_(squares[:, None])
+            radius[part], cell[part] = found.clamp_(min=0).min(dim=1)
+            far[part] = found
+        return far, cell, radius.sqrt_()
+
+    # Searching
+
+    def _screened(
+        self, queries: torch.Tensor, k: int, own: torch.Tensor
+    ) -> tuple["fused.QueryTiles", torch.Tensor, torch.Tensor, int]:
+        """Queries in tiles with their candidates; the query at each place, int64 [P], -1 for none; int32 [2, P]:
+        candidates that are surely among the k nearest, which come first, and rows of all candidates; and how many pairs
+        of tiles were multiplied."""
+        made = self._made
+        assert made is not None
+        width, device = queries.shape[1], queries.device
+        tiled = self._tiled(queries, fused.QUERIES)
+        order, n = tiled.order, len(tiled.order)
+        of_centres = torch.linalg.vector_norm(self._centres, dim=1)
+        lengths = tiled.squares.sqrt() + of_centres[tiled.cell.repeat_interleave(fused.QUERIES)]
+        gone = (order < 0) | (lengths.square() > FAR)
+        q = fused.QueryTiles(
+            values=tiled.values,
+            cell=tiled.cell.int(),
+            length=_up(tiled.squares.sqrt()),
+            lost=_up(tiled.lost.sqrt()),
+            slip=_up(32 * (width + 8) * 2.0**-53 * (1 + lengths.square())),
+            far=tiled.far.T.contiguous(),
+            own=torch.where(own >= 0, self._place[own.clamp(min=0)], -1)[order.clamp(min=0)].int(),
+            limit=torch.where(gone, -1.0, inf).float(),
+            counts=torch.where(gone, fused.GONE, 0).int(),
+            estimates=torch.empty((n, fused.CAPACITY), device=device),
+            candidates=torch.empty((n, fused.CAPACITY), dtype=torch.int32, device=device),
+            masks=torch.empty((n, fused.CAPACITY), dtype=torch.int32, device=device),
+        )
+        n_tiles = len(made.cell)
+        seen = min(n_tiles, max(-(-SEEN_FIRST // made.size), n_tiles // 256, -(-4 * k * fused.RUN // made.size)))
+        edges = [0]
+        while edges[-1] < n_tiles:
+            edges.append(min(n_tiles, max(GROWTH * seen, GROWTH * edges[-1])))
+        ends = torch.zeros((2, n), dtype=torch.int32, device=device)
+        longest = max(stop - first for first, stop in pairwise(edges)) * (made.size // fused.RUN)
+        step, n_pairs = max(1, BUFFER // (6 * longest * fused.QUERIES)), 0
+        for start in range(0, len(q.cell), step):
+            part = q.part(start, start + step)
+            fused.bound(part, made, seen, k + 1, width)  # one may be the query's own
+            n_pairs += len(part.cell) * seen
+            for first, stop in pairwise(edges):
+                n_pairs += fused.screen(part, made, first, stop - first, width, prune=PRUNED)
+                places = slice(start * fused.QUERIES, (start + step) * fused.QUERIES)
+                fused.refine(part, made, k, width, ends[:, places] if stop == n_tiles else None)
+        return q, order, ends, n_pairs
+
+    def _settle(
+        self, queries: torch.Tensor, q: "fused.QueryTiles", order: torch.Tensor, which: torch.Tensor,
+        n_sure: torch.Tensor, n_rows: torch.Tensor, chosen: torch.Tensor,
+    ) -> int:  # fmt: skip
+        """Choose for the queries at some places: what is sure, and the nearest others. Returns how many it measured."""
+        assert self._made is not None
+        measured = 0
+        for least, most in pairwise((0, *MOST_ROWS)):
+            some = which[(n_rows[which] > least) & (n_rows[which] <= most)]
+            if not len(some):
+                continue
+            n_open = (n_rows - n_sure)[some].long()
+            i, rows = fused.expand(q, self._made, self._order, some, order, n_sure, n_open, chosen, most)
+            if len(i):
+                fused.choose(some, order, n_sure, n_open, rows, self.squares(queries, i, rows), chosen, most)
+            measured += len(i)
+        return measured
+
+    def _in_float64(self, queries: torch.Tensor, k: int, own: torch.Tensor) -> torch.Tensor:
+        """The same with all distances in float64, those near the k-th as they decide."""
+        n_bank, width = self.rows.shape
+        chosen = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+        step = max(1, BYTES // (32 * n_bank))
+        for first in range(0, len(queries), step):
+            asked = queries[first : first + step]
+            squares, error = self._all_squares(asked)
+            every = torch.arange(len(asked), device=queries.device)
+            mine = own[first : first + step]
+            squares[every[mine >= 0], mine[mine >= 0]] = inf
+            relative = 1 + 2 * error_of(width, True, True)
+            limit = (squares.kthvalue(k, dim=1).values + 2 * error) * relative**2
+            i, j = (squares <= limit[:, None]).nonzero(as_tuple=True)
+            exact = self.squares(asked, i, j)
+            exact[j == mine[i]] = inf
+            ranked, rank = _ranked(i, j, exact)
+            chosen[first : first + step] = j[ranked[rank < k]].view(-1, k)
+        return chosen
+
+    def _all_squares(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared distances float64 [Q, M], and [Q] what they may be off by beside a small share of themselves."""
+        n_bank, width = self.rows.shape
+        squares = torch.zeros((len(queries), n_bank), dtype=torch.float64, device=queries.device)
+        if self._narrow:
+            for d in range(width):
+                squares += (queries[:, d, None].double() - self.rows[None, :, d].double()).square_()
+            return squares, torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
+        asked = queries.double() - self._centre
+        lengths = asked.square().sum(dim=1)
+        longest = torch.zeros((), dtype=torch.float64, device=queries.device)
+        step = max(1, BYTES // (8 * width))
+        for first in range(0, n_bank, step):
+            rows = self.rows[first : first + step].double() - self._centre
+            of_rows = rows.square().sum(dim=1)
+            longest = torch.maximum(longest, of_rows.amax())
+            squares[:, first : first + step] = torch.addmm(of_rows[None], asked, rows.T, alpha=-2).add_(
+                lengths[:, None]
+            )
+        return squares, 32 * (width + 8) * 2.0**-53 * (lengths + longest)
+
+    def _cost(self, q: "fused.QueryTiles", tiles: int, n: int, certified: int, measured: int, lost: int) -> Cost:
+        assert self._made is not None
+        n_cells, width = len(self._centres), self.rows.shape[1]
+        pairs = tiles * fused.QUERIES * self._made.size
+        all_lost = lost * len(self.rows)
+        flops = 2 * width * (pairs + all_lost + n * n_cells) + 3 * width * measured
+        return Cost(
+            pairs + all_lost, measured, flops, 0, tiles, len(q.cell) * len(self._made.cell), certified,
+            n - certified - lost, lost,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class DeviceScreen:
-    """M bank rows on a device: `bank` [M, D] as they were given, and what the screen sees of them, sorted by cell.
+class _Tiled:
+    """Rows in tiles: int64 the row at each place [P], -1 for none; each tile's cell; values as of `fused.RowTiles`;
+    squared lengths about the cells, and of what rounding took, float64 [P]; squared distances from all centres,
+    float32 [P, C]."""
 
-    centre float64 [D], scale, axes: as of `screen.Screen`. order int64 [M]: the row at each place; first: each cell's
-    first place, and the end. centres float64 [C, m], unit: from their coordinates to scaled ones; radii, apart,
-    residuals, lengths, slip: as of `kernels.Cells`. values bfloat16 [M, m]: about the centre of the cell; bias float32
-    [M].
-    """
-
-    bank: torch.Tensor
-    centre: torch.Tensor
-    scale: float
-    axes: Axes | None
     order: torch.Tensor
-    first: list[int]
-    centres: torch.Tensor
-    unit: float
-    radii: torch.Tensor
-    apart: torch.Tensor
-    residuals: torch.Tensor
-    lengths: torch.Tensor
-    slip: float
+    cell: torch.Tensor
     values: torch.Tensor
-    bias: torch.Tensor
-    plan: str
-
-    def search(
-        self, bank: Array, number: int, queries: Array, own: Array, k: int, error: float, exact: bool, kept: Array,
-        rows: Array,
-    ) -> Array:  # fmt: skip
-        """As `screen.Screen.search`; `bank` is on the device already."""
-        device = self.bank.device
-        asked = torch.from_numpy(queries).to(device)
-        points, slips = asked, torch.zeros(len(asked), dtype=torch.float64, device=device)
-        if self.axes:
-            points, far = _project(asked, self.centre, self.scale, self.axes)
-            slips = self.axes.slip * (1 + far)
-        search = _Search(
-            self, asked, points, torch.from_numpy(own).to(device), slips, k, error, exact, number,
-            torch.from_numpy(kept).to(device), torch.from_numpy(rows).to(device), np.zeros(3, np.int64),
-        )  # fmt: skip
-        search.all_cells()
-        kept[:], rows[:] = search.kept.cpu().numpy(), search.rows.cpu().numpy()
-        return search.done
-
-    def thresholds(self, c: int, alphas: torch.Tensor, losts: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-        """As `kernels._threshold`, float32 [n], with a float32 sum that may cut off."""
-        longest, residual, width = self.lengths[c], self.residuals[c], self.centres.shape[1]
-        lengths = alphas.sqrt()
-        of_rounding = losts * longest + lengths * residual
-        gamma = 2 * (width + 8) * ROUNDOFF * (1 + MARGIN)
-        of_sum = gamma * ((lengths + losts) * longest + 0.5 * longest.square())
-        error = (of_rounding + of_sum) * (1 + MARGIN) + (width + 8) * 2.0**-50 * (alphas + limits.square()) + UNDERFLOW
-        threshold = 0.5 * (alphas - limits.square()) - error
-        threshold = (threshold - 4 * FLOAT32 * threshold.abs() - UNDERFLOW).float()
-        return threshold.masked_fill_((limits == torch.inf) | (alphas > FAR), -torch.inf)
+    squares: torch.Tensor
+    lost: torch.Tensor
+    far: torch.Tensor
 
 
-def prepare(rows: Array, centre: Array, scale: float, device: torch.device) -> DeviceScreen:
-    """Decide on a sample how a bank [M, D] is searched, and make it ready. `centre` and `scale`: see `Screen`."""
-    n_bank, width = rows.shape
-    plan = decide(rows, centre, scale)
-    bank, middle = torch.from_numpy(rows).to(device), torch.from_numpy(centre).to(device)
-    axes = plan.axes and Axes(plan.axes.matrix.to(device), plan.axes.grow, plan.axes.slip)
-    points, origin, unit = bank, middle, scale
-    if axes:
-        points, _ = _project(bank, middle, scale, axes)
-        origin, unit = torch.zeros(points.shape[1], dtype=torch.float64, device=device), 1.0
-    n_cells = cells_of(n_bank) if plan.in_cells else 1
-    centres = centres_of(points, origin, unit, n_cells) if n_cells > 1 else origin[None]
-    at_once = max(1, BYTES // (8 * max(points.shape[1], n_cells)))
-    nearest = [distances(centres, some, unit)[0].argmin(dim=0) for some in torch.split(points, at_once)]
-    cell, order = torch.cat(nearest).sort(stable=True)
-    values = torch.empty(points.shape, dtype=torch.bfloat16, device=device)
-    squares, lost = torch.empty((2, n_bank), dtype=torch.float64, device=device)
-    for start in range(0, n_bank, at_once):
-        part = slice(start, start + at_once)
-        values[part], squares[part], lost[part] = _rounded(points[order[part]], centres[cell[part]], unit)
-    lengths = squares.sqrt()
-    seen = f"{points.shape[1]} of {width} values" if axes else f"all {width} values"
-    return DeviceScreen(
-        bank=bank,
-        centre=middle,
-        scale=scale,
-        axes=axes,
-        order=order,
-        first=[0, *torch.bincount(cell, minlength=n_cells).cumsum(0).tolist()],
-        centres=centres,
-        unit=unit,
-        radii=_largest(lengths, cell, n_cells) * (1 + MARGIN),
-        apart=distances(centres, centres, unit)[0],
-        residuals=_largest(lost, cell, n_cells),
-        lengths=_largest(lengths + lost, cell, n_cells),
-        slip=32.0 * (points.shape[1] + 8) * 2.0**-53,
-        values=values,
-        bias=(-0.5 * squares * (1 - 4 * FLOAT32)).float(),
-        plan=f"{seen}, {n_cells} cell{'s' * (n_cells > 1)}, bfloat16, in torch",
-    )
+PRUNED = True  # whether tiles that no query needs are left out; benchmarks ask what they save
 
 
-def products(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of bfloat16 [n, m] and [r, m], added up in float32: [n, r]."""
-    if queries.is_cuda:
-        return torch.mm(queries, rows.T, out_dtype=torch.float32)
-    return queries.float() @ rows.T.float()
+def _settled(certified: int, reranked: int, fell_through: int) -> Cost:
+    return Cost(0, 0, 0, 0, 0, 0, certified, reranked, fell_through)
 
 
-def reached(
-    queries: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, thresholds: torch.Tensor
+def _has_kernels(rows: torch.Tensor) -> bool:
+    """Whether Triton works where the rows lie; narrow rows in float64 are not for its kernels."""
+    if fused is None or not (rows.is_cuda or fused.interpreted()):
+        return False
+    return rows.shape[1] >= NARROW or rows.dtype != torch.float64
+
+
+def _n_cells(n_bank: int) -> int:
+    """How many cells so many rows are cut into at most."""
+    return max(1, min(isqrt(n_bank) // 2, n_bank // OF_A_CELL))
+
+
+def _free(device: torch.device, most: int | None = None) -> int:
+    """Bytes of the device that a search may take."""
+    if device.type != "cuda":
+        return MEMORY if most is None else most
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(KEPT * (torch.cuda.mem_get_info(device)[0] + held))
+    return free if most is None else min(free, most)
+
+
+def _on(rows: Rows | torch.Tensor, part: slice, device: torch.device, pinned: bool = False) -> torch.Tensor:
+    """Some rows on the device, in their own precision."""
+    if isinstance(rows, torch.Tensor):
+        return rows[part].to(device)
+    here = torch.from_numpy(copied(rows, part))
+    return here.pin_memory().to(device, non_blocking=True) if pinned else here.to(device)
+
+
+def _refuse_non_finite(rows: torch.Tensor, first: int, what: str) -> None:
+    step = max(1, BYTES // (8 * rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        if not part.isfinite().all() or part.dtype == torch.float64:
+            refuse_non_finite(part.cpu().numpy(), first + start, what)
+
+
+def _survey(rows: torch.Tensor, first: int) -> tuple[torch.Tensor, float]:
+    """About the mean of the rows, float64 [D], and about the largest squared distance from it.
+
+    Raises LeadlineError for values that are not finite.
+    """
+    _refuse_non_finite(rows, first, "bank row")
+    centre = rows[:: len(rows) // SURVEYED + 1].double().mean(dim=0)
+    step = max(1, BYTES // (8 * rows.shape[1]))
+    lengths = [
+        torch.linalg.vector_norm(rows[start : start + step].double() - centre, dim=1).amax()
+        for start in range(0, len(rows), step)
+    ]
+    return centre, float(torch.stack(lengths).amax()) ** 2
+
+
+def _distances(centres: torch.Tensor) -> torch.Tensor:
+    """Of all pairs, float64 [C, C]; 0 from a centre to itself."""
+    squares = centres.square().sum(dim=1)
+    apart = torch.addmm(squares[None], centres, centres.T, alpha=-2).add_(squares[:, None]).clamp_(min=0).sqrt_()
+    return apart.fill_diagonal_(0)
+
+
+def _grouped(cell: torch.Tensor, radius: torch.Tensor, n_cells: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Things [n] by cell and radius in tiles of one cell each: the thing at each place, int64, -1 for none; and the
+    tiles' cells."""
+    by_radius = radius.argsort()
+    by_cell = by_radius[cell[by_radius].argsort(stable=True)]
+    counts = torch.bincount(cell, minlength=n_cells)
+    tiles = (counts + size - 1) // size
+    of = cell[by_cell]
+    rank = torch.arange(len(cell), device=cell.device) - (counts.cumsum(0) - counts)[of]
+    tile_cell = torch.arange(n_cells, device=cell.device).repeat_interleave(tiles)
+    order = torch.full((len(tile_cell) * size,), -1, device=cell.device)
+    order[(tiles.cumsum(0) - tiles)[of] * size + rank] = by_cell
+    return order, tile_cell
+
+
+def _up(lengths: torch.Tensor) -> torch.Tensor:
+    """No less, float32."""
+    return (lengths * UP + SLACK).float()
+
+
+def _ranked(i: torch.Tensor, rows: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order of pairs by (query i, distance, row), and the rank of each, so ordered, among its query's."""
+    order = rows.argsort(stable=True)
+    order = order[squares[order].argsort(stable=True)]
+    order = order[i[order].argsort(stable=True)]
+    counts = torch.bincount(i)
+    return order, torch.arange(len(i), device=i.device) - (counts.cumsum(0) - counts)[i[order]]
+
+
+def _in_order(rows: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each query's rows [Q, n] in the order of (distance, row), and their squared distances."""
+    rows, order = rows.sort(dim=1)
+    squares, by_distance = squares.gather(1, order).sort(dim=1, stable=True)
+    return rows.gather(1, by_distance), squares
+
+
+def _merged(
+    rows: tuple[torch.Tensor, torch.Tensor], squares: tuple[torch.Tensor, torch.Tensor], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tile step: where bias[j] + <queries[i], rows[j]> >= thresholds[i], as int64 i, ascending, and j.
+    ordered, sorted_ = _in_order(torch.cat(rows, dim=1), torch.cat(squares, dim=1))
+    return ordered[:, :k], sorted_[:, :k]
 
-    queries [n, m], rows [r, m]: bfloat16; bias [r], thresholds [n]: float32. A sum that is not a number reaches every
-    threshold. A kernel that never writes the products may take its place.
+
+@lru_cache(8)
+def _leaves(width: int) -> tuple[list[int], list[int], int, int]:
+    """The leaves of numpy's pairwise sum of so many squares in a full binary tree: start and size, in whole lanes.
+
+    Where the tree is not full, leaves of no size stand in. Also which leaf is the last, and where the values begin that
+    fill no lanes of it.
     """
-    i, j = (~(products(queries, rows).add_(bias) < thresholds[:, None])).nonzero(as_tuple=True)
-    return i, j
+    found: list[tuple[int, int, int, int]] = []
 
-
-@dataclass
-class _Search:
-    """Queries [Q, D] at work in a bank. points [Q, m]: as the cells see them; own, slips, k, error, exact: as of
-    `kernels.Question`; number: of the bank's first row; kept float64 [Q, S], rows int64 [Q, S]: the lists; done: see
-    `Screen.search`.
-    """
-
-    screen: DeviceScreen
-    queries: torch.Tensor
-    points: torch.Tensor
-    own: torch.Tensor
-    slips: torch.Tensor
-    k: int
-    error: float
-    exact: bool
-    number: int
-    kept: torch.Tensor
-    rows: torch.Tensor
-    done: Array
-
-    def all_cells(self) -> None:
-        """Each query visits its nearest cells, and then the others that may matter to it."""
-        s, n_cells = self.screen, len(self.screen.centres)
-        at_once = max(1, BYTES // (8 * max(self.points.shape[1], n_cells)))
-        parts = [distances(s.centres, some, s.unit) for some in torch.split(self.points, at_once)]
-        to_centres, lengths = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts])
-        near = to_centres.topk(min(NEAREST, n_cells), dim=0, largest=False).indices
-        to_own = to_centres.gather(0, near[:1])[0]
-        for phase in range(len(near) + 1):
-            for c in range(n_cells):
-                wanted = near[phase] == c if phase < len(near) else (near != c).all(dim=0)
-                if phase > 0:
-                    wanted &= self._matters(c, to_centres[c], to_own, s.apart[near[0], c], lengths)
-                which = wanted.nonzero()[:, 0]
-                self.done[2] += len(which)
-                for some in torch.split(which, QUERIES):
-                    self._visit(c, some)
-
-    def _matters(
-        self, c: int, to_centre: torch.Tensor, to_own: torch.Tensor, apart: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Whether a row of a cell may be within the limit of each query: as `kernels._matters`, bool [Q]."""
-        limits = self._limits(self.kept[:, self.k - 1], self.slips)
-        of_query = self.screen.slip * (1 + lengths)
-        ball = to_centre - self.screen.radii[c] - of_query.sqrt() > limits
-        beyond = to_centre.square() - to_own.square() - 2 * (of_query + 2 * self.screen.slip)
-        plane = beyond > 2 * (apart + (2 * self.screen.slip) ** 0.5) * limits
-        return torch.logical_not(ball | plane)
-
-    def _limits(self, kth: torch.Tensor, slips: torch.Tensor) -> torch.Tensor:
-        """No point of the k nearest rows is farther from the query's point; kth: the k-th measured distances."""
-        unit, grow = self.screen.scale**2 if self.exact else 1.0, self.screen.axes.grow if self.screen.axes else 1.0
-        return (kth * unit * (1 + self.error) + UNDERFLOW).sqrt() * grow * (1 + 1e-9) + slips
-
-    def _visit(self, c: int, which: torch.Tensor) -> None:
-        """Take the rows of one cell into the lists of some queries."""
-        s = self.screen
-        packed, alphas, losts = _rounded(self.points[which], s.centres[c], s.unit)
-        for start in range(s.first[c], s.first[c + 1], ROWS):
-            part = slice(start, min(start + ROWS, s.first[c + 1]))
-            kth = self.kept[which, self.k - 1]
-            unknown = (kth == torch.inf).nonzero()[:, 0]
-            if len(unknown):
-                kth[unknown] = self._guessed(packed[unknown], which[unknown], part)
-            thresholds = s.thresholds(c, alphas, losts, self._limits(kth, self.slips[which]))
-            i, j = reached(packed, s.values[part], s.bias[part], thresholds)
-            self.done[0] += len(which) * (part.stop - part.start)
-            rows = s.order[part][j]
-            other = rows != self.own[which[i]]
-            i, rows = i[other], rows[other]
-            self.done[1] += len(i)
-            self._take(which, i, rows, self._measured(which[i], rows))
-
-    def _guessed(self, packed: torch.Tensor, which: torch.Tensor, part: slice) -> torch.Tensor:
-        """A measured distance that k rows do not exceed, float64 [n]: of those whose products are largest."""
-        n = self.k + 1  # one may be the query's own
-        if part.stop - part.start < n:
-            return torch.full((len(which),), torch.inf, dtype=torch.float64, device=packed.device)
-        scores = products(packed, self.screen.values[part]).add_(self.screen.bias[part])
-        # Where a product overflowed there is no order, but any k rows will do.
-        rows = self.screen.order[part][scores.nan_to_num_(torch.inf).topk(n, dim=1).indices]
-        squares = self._measured(which.repeat_interleave(n), rows.flatten()).view(-1, n)
-        squares[rows == self.own[which, None]] = torch.inf
-        self.done[0] += len(which) * (part.stop - part.start)
-        self.done[1] += rows.numel()
-        return squares.kthvalue(self.k, dim=1).values
-
-    def _measured(self, which: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Squared distances float64 [n] of queries and bank rows, as `kernels` measures them."""
-        width = self.queries.shape[1]
-        squares = torch.empty(len(which), dtype=torch.float64, device=which.device)
-        at_once = max(1, BYTES // (24 * width))
-        for start in range(0, len(which), at_once):
-            part = slice(start, start + at_once)
-            a, b = self.queries[which[part]], self.screen.bank[rows[part]]
-            if self.exact:
-                squares[part] = _pairwise((a.double() - b.double()).square_())
-            else:
-                difference = (a - b).mul_(self.screen.scale).square_()
-                squares[part] = sum(some.sum(dim=1).double() for some in torch.split(difference, CHUNK, dim=1))
-        return squares
-
-    def _take(self, which: torch.Tensor, i: torch.Tensor, rows: torch.Tensor, squares: torch.Tensor) -> None:
-        """Put rows that are finitely far from queries which[i] into their lists, i ascending."""
-        finite = squares < torch.inf
-        i, rows, squares = i[finite], rows[finite], squares[finite]
-        if not len(i):
+    def cut(start: int, n: int, path: int, depth: int) -> None:
+        if n <= 128:
+            found.append((path, depth, start, n))
             return
-        counts = torch.bincount(i, minlength=len(which))
-        place = torch.arange(len(i), device=i.device) - (counts.cumsum(0) - counts)[i]
-        most, size = int(counts.max()), self.kept.shape[1]
-        kept = torch.full((len(which), most + size), torch.inf, dtype=torch.float64, device=i.device)
-        numbers = torch.full(kept.shape, torch.iinfo(torch.int64).max, device=i.device)
-        kept[:, :size], numbers[:, :size] = self.kept[which], self.rows[which]
-        kept[i, size + place], numbers[i, size + place] = squares, rows + self.number
-        # In the order of (distance, row): a stable sort leaves equal distances in the order of their rows.
-        numbers, order = numbers.sort(dim=1)
-        kept, order = kept.gather(1, order).sort(dim=1, stable=True)
-        self.kept[which], self.rows[which] = kept[:, :size], numbers.gather(1, order)[:, :size]
-
-
-def _project(rows: torch.Tensor, centre: torch.Tensor, scale: float, axes: Axes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [n, D] as cells see them, float32 [n, m], and no less than their scaled lengths, float64 [n]."""
-    n, width = rows.shape
-    points = torch.empty((n, axes.matrix.shape[1]), device=rows.device)
-    lengths = torch.empty(n, dtype=torch.float64, device=rows.device)
-    at_once = max(1, BYTES // (16 * width))
-    for start in range(0, n, at_once):
-        part = slice(start, start + at_once)
-        placed = (rows[part].double() - centre).mul_(scale)
-        lengths[part] = torch.linalg.vector_norm(placed, dim=1) * (1 + MARGIN)
-        pieces = zip(torch.split(placed.float(), DEPTH, dim=1), torch.split(axes.matrix, DEPTH), strict=True)
-        points[part] = torch.stack([(values @ matrix).double() for values, matrix in pieces]).sum(dim=0)
-    return points, lengths
-
-
-def _rounded(
-    points: torch.Tensor, centres: torch.Tensor, unit: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """unit * (points - centres) in bfloat16 [n, m]; its squared length before that, and no less than what was lost."""
-    exact = (points.double() - centres).mul_(unit)
-    rounded = exact.float().bfloat16()
-    squares = exact.square().sum(dim=1)
-    lost = torch.linalg.vector_norm(exact.sub_(rounded), dim=1)
-    return rounded, squares, (lost + FLOAT32 * squares.sqrt()) * (1 + MARGIN)
-
-
-def _largest(values: torch.Tensor, cell: torch.Tensor, n_cells: int) -> torch.Tensor:
-    """The largest of each cell, float64 [C]; 0 where it has none."""
-    return torch.zeros(n_cells, dtype=torch.float64, device=values.device).scatter_reduce_(0, cell, values, "amax")
-
-
-def _pairwise(squares: torch.Tensor) -> torch.Tensor:
-    """Sums of rows float64 [n, D] in numpy's pairwise order: the bits of `distance.squared_distance`, [n]."""
-    width = squares.shape[1]
-    if width > 128:
-        half = width // 2
+        half = n // 2
         half -= half % 8
-        return _pairwise(squares[:, :half]) + _pairwise(squares[:, half:])
-    whole = width - width % 8 if width >= 8 else 0
-    total = torch.zeros(len(squares), dtype=torch.float64, device=squares.device)
-    if whole:
-        lanes = squares[:, :8].clone()
-        for start in range(8, whole, 8):
-            lanes += squares[:, start : start + 8]
-        pairs = lanes[:, 0::2] + lanes[:, 1::2]
-        total = (pairs[:, 0] + pairs[:, 1]) + (pairs[:, 2] + pairs[:, 3])
-    for i in range(whole, width):
-        total = total + squares[:, i]
-    return total
+        cut(start, half, 2 * path, depth + 1)
+        cut(start + half, n - half, 2 * path + 1, depth + 1)
+
+    cut(0, width, 0, 0)
+    deepest = max(depth for _, depth, _, _ in found)
+    starts, sizes = [0] * 2**deepest, [0] * 2**deepest
+    for path, depth, start, n in found:
+        place = path << (deepest - depth)
+        starts[place], sizes[place] = start, n - n % 8
+    return starts, sizes, place, start + n - n % 8
+
+
+def _measured(
+    queries: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor, last: int, tail: int
+) -> torch.Tensor:
+    """As `fused.measure`, of pairs that are gathered, a leaf a branch."""
+    squares = torch.sub(queries.double(), rows).square_()
+    rest = squares[:, tail:]
+    squares = torch.nn.functional.pad(squares, (0, 1))
+    within = torch.arange(128, device=rows.device)
+    at = torch.where(within < sizes[:, None], starts[:, None] + within, rows.shape[1])
+    steps = squares[:, at.flatten()].view(len(rows), len(starts), 16, 8)
+    lanes = steps[:, :, 0]
+    for step in range(1, 16):
+        lanes = lanes + steps[:, :, step]
+    pairs = lanes[..., 0::2] + lanes[..., 1::2]
+    sums = (pairs[..., 0] + pairs[..., 1]) + (pairs[..., 2] + pairs[..., 3])
+    for d in range(rest.shape[1]):
+        sums[:, last] += rest[:, d]
+    return sums

@@ -9,10 +9,13 @@ import torch
 
 from leadline.errors import LeadlineError
 from leadline.html import html_table
-from leadline.knn.arrays import Array, Rows, Shards
-from leadline.knn.exact import MEMORY, Bank, refuse_other_width
+from leadline.knn.arrays import Array, Shards
+from leadline.knn.exact import MEMORY, refuse_other_width
 from leadline.knn.indexes import Index, build_index, usable_method
+from leadline.knn.on_device import Bank, DeviceBank, bank_on
 from leadline.knn.rank import by_distance
+
+COUNTED = 64 << 20  # bytes of counts that are made together
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,28 @@ class Votes:
         return html_table({field: getattr(self, field) for field in fields})
 
 
-def count_votes(neighbour_labels: Array) -> Votes:
-    """One vote a neighbour; neighbour_labels: int [Q, k]. Ties go to the lower class, for winner and runner-up."""
-    classes, codes = np.unique(neighbour_labels, return_inverse=True)
-    n_queries = len(neighbour_labels)
-    codes = codes.reshape(neighbour_labels.shape)
-    counts = np.zeros((n_queries, len(classes)), np.int32)
-    np.add.at(counts, (np.arange(n_queries)[:, None], codes), 1)
-    every = np.arange(n_queries)
-    # argmax gives the first of equals, and classes ascend: the lower class.
-    first = counts.argmax(axis=1) if n_queries else np.zeros(0, np.int64)
-    winner_votes = counts[every, first]
-    counts[every, first] = 0
-    second = counts.argmax(axis=1) if n_queries else first
-    runner_up_votes = counts[every, second]
-    return Votes(
-        winner=classes[first].astype(np.int32),
-        winner_votes=winner_votes,
-        runner_up=np.where(runner_up_votes > 0, classes[second], -1).astype(np.int32),
-        runner_up_votes=runner_up_votes,
-    )
+def count_votes(neighbour_labels: Array | torch.Tensor) -> Votes:
+    """One vote a neighbour; neighbour_labels: int [Q, k], counted where they lie.
+
+    Ties go to the lower class, for winner and runner-up.
+    """
+    classes, codes = torch.unique(torch.as_tensor(neighbour_labels), return_inverse=True)
+    n_queries, n_classes = len(neighbour_labels), len(classes)
+    found = torch.zeros((4, n_queries), dtype=torch.int32, device=codes.device)
+    lower_first = torch.arange(n_classes - 1, -1, -1, device=codes.device)
+    step = max(1, COUNTED // (8 * max(1, n_classes)))
+    for first in range(0, n_queries, step):
+        part = slice(first, first + step)
+        counts = torch.zeros((len(codes[part]), n_classes), dtype=torch.int64, device=codes.device)
+        counts.scatter_add_(1, codes[part], torch.ones_like(codes[part]))
+        # No two are equal, so that the order is the same on every device.
+        two = (counts * n_classes + lower_first).topk(min(2, n_classes), dim=1).values
+        votes, label = two // n_classes, classes[n_classes - 1 - two % n_classes]
+        found[0, part], found[1, part] = label[:, 0], votes[:, 0]
+        found[2, part], found[3, part] = torch.where(votes[:, -1] > 0, label[:, -1], -1), votes[:, -1]
+        if n_classes == 1:
+            found[2, part], found[3, part] = -1, 0
+    return Votes(*found.cpu().numpy())
 
 
 @overload
@@ -104,14 +109,16 @@ def knn_votes(
     bank [M, D], labels int [M] (not negative), queries [Q, D]: numpy arrays or torch tensors of real numbers, each row
     flattened. exclude int64 [Q]: the bank row that a query must not count, -1 for none. Euclidean distance, ties of
     distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
-    threads. device: where the products run; by default where `bank` lies. k may be several numbers: the search is made
+    threads. device: "cpu", "cuda" or "cuda:N", where the search runs; by default where `bank` lies, and what lies there
+    is never copied to main memory. k may be several numbers: the search is made
     once, for the largest, and the answer is a mapping of each k to its Votes. return_neighbours: the Votes carry the
     neighbours and their distances. winners_only: of one k the winners alone, which need not say which of two rows at
     nearly the same distance is the nearer: the counts and runners-up are then -1.
 
     bank and queries may also be memory maps, or lists of arrays or memory maps that are read as one. memory_budget:
     bytes that the search may take beside arrays that lie in memory already; a bank that does not fit is read from its
-    files a tile at a time.
+    files a tile at a time. On a GPU the search takes of its free memory what it needs, and banks that do not fit go
+    through it a tile at a time.
 
     method: "exact", or how approximate neighbours are found, as NAME or NAME:KEY=NUMBER,KEY=NUMBER: flat, ivf-flat,
     ivf-pq, hnsw, hnsw-sq8 (faiss), hnswlib, and on a GPU gpu-flat, gpu-ivf-flat, cagra (faiss), with the parameters and
@@ -124,7 +131,7 @@ def knn_votes(
     chosen = usable_method(method)
     if device is None:
         device = bank.device if isinstance(bank, torch.Tensor) else "cpu"
-    rows, asked = _matrix(bank, "bank"), _matrix(queries, "queries")
+    rows, asked = _matrix(bank, "bank", device), _matrix(queries, "queries", device)
     refuse_other_width(rows, asked)
     given = _integers(labels, "labels", rows.shape[0], "bank row")
     if len(given) and not 0 <= given.min() <= given.max() < 2**31:
@@ -137,9 +144,9 @@ def knn_votes(
     ks = [k] if isinstance(k, int) else list(k)
     if not ks or min(ks) < 1:
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
-    ready: Bank | Index
+    ready: Bank | DeviceBank | Index
     if chosen.name == "exact":
-        ready = Bank(rows, device, memory_budget)
+        ready = bank_on(rows, device, memory_budget)
     else:
         ready = build_index(chosen, rows, memory_budget=memory_budget)
     if winners_only:
@@ -148,15 +155,17 @@ def knn_votes(
                 "winners_only: gives neither neighbours nor the votes of several k; ask for one k alone"
             )
         codes = np.unique(given, return_inverse=True)[1]
-        nearest, _ = ready.search(asked, k, out, codes) if isinstance(ready, Bank) else ready.search(asked, k, out)
+        nearest, _ = ready.search(asked, k, out) if isinstance(ready, Index) else ready.search(asked, k, out, codes)
         winner = count_votes(given[nearest]).winner
         unknown = np.full_like(winner, -1)
         return Votes(winner, unknown, unknown, unknown)
+    if isinstance(ready, DeviceBank) and not return_neighbours and isinstance(k, int):
+        return count_votes(torch.from_numpy(given).to(device)[ready.nearest(asked, k, out)[0]])
     nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
-        nearest, squares = by_distance(rows, asked, nearest)
-        distances = np.sqrt(squares)
+        ordered = by_distance(rows, asked, nearest) if isinstance(ready, Index) else ready.by_distance(asked, nearest)
+        nearest, distances = ordered[0], np.sqrt(ordered[1])
     votes = {}
     for n in ks:
         counted = count_votes(given[nearest[:, :n]])
@@ -166,7 +175,13 @@ def knn_votes(
     return votes[k] if isinstance(k, int) else votes
 
 
-def _matrix(values: Any, name: str) -> Rows:
+def _matrix(values: Any, name: str, device: str | torch.device) -> Any:
+    """Rows [N, D]: a tensor where they lie on the device, else what is read in slices."""
+    if isinstance(values, torch.Tensor) and values.is_cuda and torch.device(device).type == "cuda":
+        if values.ndim < 2 or values.is_complex():
+            raise LeadlineError(f"{name}: {values.dtype} of {values.ndim} dimensions; give real [points, values]")
+        values = values.detach().flatten(1).to(device)
+        return values.contiguous() if values.dtype in (torch.float32, torch.float64) else values.float()
     if isinstance(values, (list, tuple)) and values and all(isinstance(value, np.ndarray) for value in values):
         shards = [_array(value, f"{name}[{i}]") for i, value in enumerate(values) if value.ndim > 1]
         if len(shards) == len(values):

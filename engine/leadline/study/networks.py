@@ -14,7 +14,7 @@ import torch
 
 from leadline.embedding.extract import float32_products
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, count_votes
+from leadline.knn import bank_on, count_votes
 from leadline.knn.arrays import Array, Shards
 from leadline.layers import open_layers
 from leadline.points import Points
@@ -68,7 +68,7 @@ class Networks:
         own = layers.own
         for probe in range(len(layers.names)):
             with layers.rows(probe) as rows:
-                bank = Bank(Shards([rows], layers.bank_ids), self._device)
+                bank = bank_on(Shards([rows], layers.bank_ids), self._device)
                 for first in range(0, len(rows), QUERIES):
                     asked = slice(first, first + QUERIES)
                     found, _ = bank.search(rows[asked], max(ks), None if own is None else own[asked])

@@ -10,7 +10,7 @@ import numpy as np
 from leadline.cluster.common import own_neighbours
 from leadline.cluster.work import VOTES, Member, bank_parts, common_bank_parts, found_by_point, found_in_part
 from leadline.cluster.workbench import Workbench, places
-from leadline.knn import NOTHING, Bank, Cost, count_votes, merged
+from leadline.knn import NOTHING, Cost, Index, count_votes, merged
 from leadline.knn.arrays import Array
 from leadline.store.files import read_array, read_json, write_array, write_json
 from leadline.store.places import Place
@@ -178,7 +178,7 @@ def _in_order(bench: Workbench, bank: _BankOf, ids: Array, asked: Array) -> tupl
     squares = np.empty(rows.shape)
     if len(asked):
         search = bench.search_of(bank.owner, bank.probe, ids)
-        assert isinstance(search, Bank)  # an index is neither cut nor shared
+        assert not isinstance(search, Index)  # an index is neither cut nor shared
         rows, squares = search.by_distance(bench.rows(bank.owner, bank.probe, asked), rows)
     return ids[rows], squares, cost
 
