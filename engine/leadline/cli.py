@@ -344,6 +344,19 @@ def bench_knn(
     console.print(f"knn.json, knn.txt, knn.png, knn.svg in {folder}", soft_wrap=True)
 
 
+@app.command()
+def doctor() -> None:
+    """Tell what this machine offers and what is used of it, and check votes; exit code 2 where something is broken."""
+    from leadline.doctor import as_table, examine
+
+    console, broken = _console(), list[str]()
+    for title, findings in examine():
+        console.print(as_table(title, findings))
+        broken += [f"{finding.what}: {finding.says}" for finding in findings if finding.is_broken]
+    if broken:
+        raise LeadlineError("; ".join(broken))
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

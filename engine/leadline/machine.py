@@ -20,7 +20,7 @@ def stamp(program: str, packages: Iterable[str], threads: int, device: str = "cp
     return {
         "command": command(program),
         "python": platform.python_version(),
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": {name: told for name in packages if (told := version(name))},
         "hardware": f"{hardware(device)}, {threads} threads",
         "threads": threads,
     }
@@ -34,12 +34,16 @@ def command(program: str) -> str:
 
 def hardware(device: str = "cpu") -> str:
     """Processor, its instructions, cores, memory, and the GPU where the device is one."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     # The name alone may be that of several generations.
     units = [name for name, has in (("AVX512-BF16", HAS_BFLOAT16), ("AVX512-VNNI", HAS_INT8)) if has]
     kind = ", ".join([llvm.get_host_cpu_name(), *units])
     gpu = f"GPU: {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else "no GPU used"
-    return f"{processor()} ({kind}), {os.cpu_count()} cores, {memory:.0f} GiB of memory, {gpu}"
+    return f"{processor()} ({kind}), {os.cpu_count()} cores, {memory():.0f} GiB of memory, {gpu}"
+
+
+def memory() -> float:
+    """GiB of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def processor() -> str:
@@ -52,7 +56,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of what pip installed by that name; None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ from leadline.knn.methods import METHODS, resolve
 
 pytest.importorskip("faiss")
 FAISS = ("flat", "ivf-flat", "ivf-pq", "hnsw", "hnsw-sq8")
+FAISS_HAS = {1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96}  # pieces of PQ, on GPUs
 needs_hnswlib = pytest.mark.skipif(find_spec("hnswlib") is None, reason="hnswlib is not installed")
 HERE = [*FAISS, pytest.param("hnswlib", marks=needs_hnswlib)]
 # Parameters with which few candidates are proposed, so that what is missing shows.
@@ -103,6 +104,9 @@ def test_a_resolved_method_has_every_parameter_within_its_range(method, n_bank, 
     assert resolve(full, n_bank, width) == full
     if method.name == "ivf-pq":
         assert width % full["m"] == 0
+    if method.name == "gpu-ivf-pq":
+        assert width % full["m"] == 0 and full["m"] in FAISS_HAS
+        assert full["nprobe"] <= 2048
     if "nlist" in dict(full.parameters):
         assert full["nprobe"] <= full["nlist"] <= n_bank
 
@@ -121,12 +125,29 @@ def test_a_resolved_method_has_every_parameter_within_its_range(method, n_bank, 
         ("hnsw:m", "allowed: m=2 to 512"),
         ("ivf-pq:bits=9", "allowed: bits=1 to 8"),
         ("ivf-flat:nlist=1_000", "allowed: nlist=1 to 1048576"),
+        ("gpu-ivf-pq:m=97", "allowed: m=1 to 96"),
+        ("gpu-ivf-pq:nprobe=2049", "allowed: nprobe=1 to 2048"),
+        ("gpu-ivf-pq:bits=4", "allowed: nlist, nprobe, m, rerank"),
     ],
 )
 def test_other_texts_are_refused_with_what_is_allowed(text, said):
     with pytest.raises(LeadlineError, match=said) as refused:
         parse_method(text)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bank", "width", "full"),
+    [
+        ("gpu-ivf-pq", 60_000, 784, "gpu-ivf-pq:nlist=979,nprobe=30,m=56,rerank=4"),
+        ("gpu-ivf-pq:m=50", 60_000, 512, "gpu-ivf-pq:nlist=979,nprobe=30,m=32,rerank=4"),
+        ("gpu-ivf-pq:m=96,rerank=9", 100, 96, "gpu-ivf-pq:nlist=2,nprobe=2,m=96,rerank=9"),
+        ("gpu-ivf-pq:nlist=200000,nprobe=2048", 10**7, 7, "gpu-ivf-pq:nlist=200000,nprobe=2048,m=1,rerank=4"),
+        ("gpu-ivf-pq:nlist=1000000", 10**8, 10, "gpu-ivf-pq:nlist=1000000,nprobe=2048,m=2,rerank=4"),
+    ],
+)
+def test_pq_on_a_gpu_has_the_pieces_that_faiss_has_there(text, n_bank, width, full):
+    assert str(resolve(parse_method(text), n_bank, width)) == full
 
 
 # Neighbours
@@ -304,6 +325,7 @@ def test_no_rows_and_exact_have_no_index():
     [
         ("faiss", "hnsw", "leadline[cpu]"),
         ("faiss", "gpu-flat", "leadline[cuda12]"),
+        ("faiss", "gpu-ivf-pq", "leadline[cuda12]"),
         ("faiss", "cagra", "leadline[cuda13]"),
         ("hnswlib", "hnswlib", "leadline[hnswlib]"),
     ],
@@ -314,7 +336,7 @@ def test_a_missing_package_is_named_with_what_installs_it(package, method, extra
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("method", ["gpu-flat", "gpu-ivf-flat:nlist=4", "cagra"])
+@pytest.mark.parametrize("method", ["gpu-flat", "gpu-ivf-flat:nlist=4", "gpu-ivf-pq:m=4", "cagra"])
 def test_methods_for_a_gpu_are_refused_without_one(method):
     with pytest.raises(LeadlineError, match=r"not in the faiss that is installed|needs a GPU") as refused:
         build_index(method, gaussian())

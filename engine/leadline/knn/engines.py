@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,10 @@ PER_CENTRE = 64  # rows of a training sample for each centre that is learnt
 ROUNDS = 10  # of k-means: candidates are ranked again, so centres need not be perfect
 LEVELS = 256  # values that 8 bits tell apart
 ASKED = 1024  # queries that hnswlib is asked at once: all fail if one does
-GPU_METHODS = ("gpu-flat", "gpu-ivf-flat", "cagra")
+GPU_METHODS = ("gpu-flat", "gpu-ivf-flat", "gpu-ivf-pq", "cagra")
+GPU_BITS = 8  # of PQ on a GPU
+GPU_SHARED = 48 << 10  # bytes of shared memory of a block, which must hold PQ's tables of distances: 2^8 for each of m
+GPU_TEMPORARY = 1 << 30  # bytes that faiss keeps for tiles of distances: two of 512 MiB; left alone it keeps 1.5 GiB
 FACTORY = {
     "flat": "Flat",
     "ivf-flat": "IVF{nlist},Flat",
@@ -93,7 +97,7 @@ def package_of(method: Method) -> Any:
     install = f"pip install 'leadline[{extras}]'"
     try:
         package = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # of whatever kind: the package's own code runs, and libraries are loaded
         raise LeadlineError(f"method: {method.name} needs {name} ({one_line(error)}); {install}") from None
     if method.name in GPU_METHODS:
         if not hasattr(package, "GpuIndexCagra" if method.name == "cagra" else "GpuIndexFlatL2"):
@@ -119,7 +123,10 @@ def read_engine(method: Method, path: str, width: int, threads: int | None) -> E
         return HnswlibEngine(method, index, threads)
     index = package.read_index(path)
     if method.name in GPU_METHODS:
-        index = package.index_cpu_to_gpu(package.StandardGpuResources(), torch.cuda.current_device(), index)
+        options = package.GpuClonerOptions()
+        options.use_cuvs = False
+        options.useFloat16 = _needs_float16(method)
+        index = package.index_cpu_to_gpu(_gpu_resources(package), _gpu(), index, options)
     return FaissEngine(package, method, index, threads)
 
 
@@ -186,35 +193,60 @@ def _empty(faiss: Any, method: Method, bank: Placed, seed: int) -> Any:
 
 
 def _empty_on_gpu(faiss: Any, method: Method, bank: Placed) -> Any:
-    width = bank.rows.shape[1]
-    resources = faiss.StandardGpuResources()
+    width, resources = bank.rows.shape[1], _gpu_resources(faiss)
     if method.name == "gpu-flat":
-        config = faiss.GpuIndexFlatConfig()
-        config.device = torch.cuda.current_device()
-        return faiss.GpuIndexFlatL2(resources, width, config)
+        return faiss.GpuIndexFlatL2(resources, width, _placed(faiss.GpuIndexFlatConfig()))
     if method.name == "gpu-ivf-flat":
-        config = faiss.GpuIndexIVFFlatConfig()
-        config.device = torch.cuda.current_device()
+        config = _placed(faiss.GpuIndexIVFFlatConfig())
         return faiss.GpuIndexIVFFlat(resources, width, method["nlist"], faiss.METRIC_L2, config)
+    if method.name == "gpu-ivf-pq":
+        config = _placed(faiss.GpuIndexIVFPQConfig())
+        config.useFloat16LookupTables = _needs_float16(method)
+        return faiss.GpuIndexIVFPQ(resources, width, method["nlist"], method["m"], GPU_BITS, faiss.METRIC_L2, config)
     config = faiss.GpuIndexCagraConfig()
-    config.device = torch.cuda.current_device()
+    config.device = _gpu()
     config.graph_degree, config.intermediate_graph_degree = method["degree"], 2 * method["degree"]
     return faiss.GpuIndexCagra(resources, width, faiss.METRIC_L2, config)
+
+
+@cache
+def _gpu_resources(faiss: Any) -> Any:
+    """faiss' streams and temporary memory on GPUs: one for all indexes of a process, since each keeps as much again."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(GPU_TEMPORARY)
+    return resources
+
+
+def _gpu() -> int:
+    """The GPU that torch works on. A torch for the CPU alone has none, and faiss may."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _placed(config: Any) -> Any:
+    """On that GPU, by faiss' own code: so both of its wheels for GPUs make the same index, with the same limits."""
+    config.device, config.use_cuvs = _gpu(), False
+    return config
+
+
+def _needs_float16(method: Method) -> bool:
+    """Whether PQ's tables of distances fit shared memory in float16 alone; of other methods it would halve the rows."""
+    return method.name == "gpu-ivf-pq" and 4 * 2**GPU_BITS * method["m"] > GPU_SHARED
 
 
 def _train(method: Method, index: Any, bank: Placed, seed: int) -> None:
     """Learn centres, codes or ranges of values from PER_CENTRE rows for each that there are; CAGRA takes all rows."""
     given = dict(method.parameters)
-    codes = 2 ** given.get("bits", 0)
+    bits = GPU_BITS if method.name == "gpu-ivf-pq" else given.get("bits", 0)
+    codes = 2**bits
     centres = max(given.get("nlist", LEVELS), codes)
     sample = bank.sample(bank.rows.shape[0] if method.name == "cagra" else PER_CENTRE * centres, seed)
     clusterings = [index.cp] if "nlist" in given else []
-    if "bits" in given:
+    if bits:
         clusterings.append(index.pq.cp)
     for clustering in clusterings:
         clustering.seed, clustering.niter = seed, ROUNDS
         clustering.min_points_per_centroid = 1  # no warning: a bank may be small
-    # A bank of one row has fewer rows than codes of one bit: it is given twice.
+    # A bank of one row has fewer rows than codes of one bit: it is given twice. On a GPU codes always have 8 bits.
     index.train(sample if len(sample) >= codes else np.resize(sample, (codes, sample.shape[1])))
 
 

@@ -53,7 +53,7 @@ class Index:
         queries [Q, D], real; exclude int64 [Q], the row that a query must not have, -1 for none. Returns rows int64
         [Q, k], ascending in each query, always k different ones, and the Cost.
 
-        The index is asked for k + 33 candidates, ivf-pq for rerank * k + 1, hnsw-sq8 for at least ef; of these the k
+        The index is asked for k + 33 candidates, PQ for rerank * k + 1, hnsw-sq8 for at least ef; of these the k
         nearest are taken by the exact float64 distance, ties by lower row. A query to which the index gives fewer than
         k rows is searched exactly. In the Cost, `measured` are the candidates, `reranked` the queries that they
         answered, `fell_through` those that were searched exactly, with what that took; what the index computes inside
@@ -65,7 +65,8 @@ class Index:
         refuse_other_width(self._bank.rows, queries)
         refuse_too_few(self.n_bank, k, exclude)
         if self._method.name in GPU_METHODS and self._candidates(k) > GPU_MOST:
-            raise LeadlineError(f"k: {self._method.name} gives at most {GPU_MOST} candidates; lower k={k}")
+            too_many = f"k={k}" + (" or rerank" if "rerank" in dict(self._method.parameters) else "")
+            raise LeadlineError(f"k: {self._method.name} gives at most {GPU_MOST} candidates; lower {too_many}")
         n_queries = queries.shape[0]
         own = np.full(n_queries, -1) if exclude is None else exclude
         chosen, cost = np.empty((n_queries, k), np.int64), NOTHING
@@ -92,7 +93,7 @@ class Index:
     def _candidates(self, k: int) -> int:
         """How many rows the index is asked for: one more than wanted, since the query's own may be among them."""
         wanted = k + SPARE
-        if self._method.name == "ivf-pq":
+        if "rerank" in dict(self._method.parameters):
             wanted = self._method["rerank"] * k
         elif self._method.name == "hnsw-sq8":
             wanted = max(wanted, self._method["ef"] - 1)

@@ -1,6 +1,7 @@
 """The text that chooses how neighbours are searched: a name, and whole numbers where it takes any."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leadline.errors import LeadlineError
@@ -9,6 +10,7 @@ LISTS = (1, 1 << 20)
 LINKS = (2, 512)
 BEAM = (1, 1 << 16)
 GPU_MOST = 2048  # neighbours, and lists that are probed, in one search of faiss on a GPU
+GPU_PIECES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)  # m of PQ that faiss has there, all of 8 bits
 IN_LIST = 39  # rows that a list of an inverted file should have at least, by faiss' own advice
 
 # What each method takes, in the order in which it is written, and the least and largest value.
@@ -23,6 +25,7 @@ METHODS: dict[str, dict[str, tuple[int, int]]] = {
     "hnswlib": GRAPH,
     "gpu-flat": {},
     "gpu-ivf-flat": {"nlist": LISTS, "nprobe": (1, GPU_MOST)},
+    "gpu-ivf-pq": {"nlist": LISTS, "nprobe": (1, GPU_MOST), "m": (1, GPU_PIECES[-1]), "rerank": (1, 1000)},
     "cagra": {"degree": (1, 512), "itopk": (1, GPU_MOST)},
 }
 
@@ -72,7 +75,8 @@ def resolve(method: Method, n_bank: int, width: int) -> Method:
     itopk are 64 and 128.
 
     Given or not, what the bank cannot have is lowered to what it can: as many lists as rows, as many probes as lists, a
-    divisor of the width for PQ's m, codes of no more bits than the bank has rows for, fewer links than rows.
+    divisor of the width for PQ's m (on a GPU one that is in GPU_PIECES), codes of no more bits than the bank has rows
+    for, fewer links than rows.
     """
     given = dict(method.parameters)
     if "nlist" in METHODS[method.name]:
@@ -80,10 +84,12 @@ def resolve(method: Method, n_bank: int, width: int) -> Method:
         given["nlist"] = max(1, lists)
         most = min(given["nlist"], METHODS[method.name]["nprobe"][1])
         given["nprobe"] = min(given.get("nprobe", max(16, given["nlist"] // 32)), most)
-    if method.name == "ivf-pq":
-        given["m"] = _divisor(width, given.get("m", min(64, width // 4)))
-        given["bits"] = max(1, min(given.get("bits", 8), n_bank.bit_length() - 1))
+    if method.name in ("ivf-pq", "gpu-ivf-pq"):
+        allowed = GPU_PIECES if method.name == "gpu-ivf-pq" else range(1, width + 1)
+        given["m"] = _divisor(width, given.get("m", min(64, width // 4)), allowed)
         given.setdefault("rerank", 4)
+    if method.name == "ivf-pq":
+        given["bits"] = max(1, min(given.get("bits", 8), n_bank.bit_length() - 1))
     if METHODS[method.name] is GRAPH:
         given = {"m": 16, "ef": 128, "efc": 200} | given
     if method.name == "cagra":
@@ -92,6 +98,6 @@ def resolve(method: Method, n_bank: int, width: int) -> Method:
     return Method(method.name, tuple((key, given[key]) for key in METHODS[method.name]))
 
 
-def _divisor(width: int, most: int) -> int:
-    """The largest divisor of the width that is not above `most`, at least 1."""
-    return next((m for m in range(min(most, width), 1, -1) if width % m == 0), 1)
+def _divisor(width: int, most: int, allowed: Sequence[int]) -> int:
+    """The largest divisor of the width among `allowed`, ascending, that is not above `most`, at least 1."""
+    return next((m for m in reversed(allowed) if m <= most and width % m == 0), 1)
