@@ -17,6 +17,7 @@ from leadline.points import open_points
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEEDS = (3, 4, 9)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,21 @@ def test_what_cannot_be_trained_at_once(digits, splits, n_ids, words):
     ids = [of_one[:n] for of_one, n in zip(splits, n_ids, strict=True)]
     with pytest.raises(LeadlineError, match=words):
         train_together(models("mlp", {"width": 16}), digits, ids, Training(steps=3), SEEDS, "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize(("architecture", "parameters"), NETWORKS[:2])
+def test_a_replayed_step_is_the_same_step(digits, splits, device, architecture, parameters):
+    """Rates are cut before the first graph is captured and after it; one step is watched."""
+    recipe, watched = Training(steps=12, batch=64, milestones=(2, 7), precision="float32"), []
+
+    def trained(replay):
+        alone, together = models(architecture, parameters), models(architecture, parameters)
+        for model, ids, seed in zip(alone, splits, SEEDS, strict=True):
+            train(model, digits, ids, recipe, seed, device, (5,), watched.append, replay=replay)
+        train_together(together, digits, splits, recipe, SEEDS, device, (5,), watched.append, replay=replay)
+        return [values(model.cpu()) for model in (*alone, *together)]
+
+    for step, replayed in zip(trained(replay=False), trained(replay=True), strict=True):
+        torch.testing.assert_close(replayed, step, rtol=1e-5, atol=1e-6)
+    assert watched == [5] * 8

@@ -19,6 +19,7 @@ from leadline.points.ahead import read_ahead
 from leadline.points.parquet import _RowGroups
 
 N = 150
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies go to a CUDA device")
 
 
 def encoded(number, size=(40, 30)):
@@ -41,17 +42,18 @@ def cut(ids, size):
     return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("size", [7, 50, 1000])
-def test_batches_are_those_of_reading(table, threads, size):
+def test_batches_are_those_of_reading(table, threads, size, device):
     points = open_points(table)
     ids = np.random.default_rng(0).permutation(N - 1)
     expected = open_points(table).read(ids)
-    batches = list(read_ahead(points, iter(cut(ids, size)), "cpu", threads))
+    batches = list(read_ahead(points, iter(cut(ids, size)), device, threads))
     assert [len(inputs) for _, inputs in batches] == [len(batch) for batch in cut(ids, size)]
     assert np.array_equal(np.concatenate([of_batch for of_batch, _ in batches]), ids)
-    assert np.array_equal(torch.cat([inputs for _, inputs in batches]).numpy(), expected)
-    assert all(inputs.dtype == torch.float32 and inputs.device.type == "cpu" for _, inputs in batches)
+    assert np.array_equal(torch.cat([inputs for _, inputs in batches]).cpu().numpy(), expected)
+    assert all(inputs.dtype == torch.float32 and inputs.device.type == device for _, inputs in batches)
 
 
 def test_no_batches():
