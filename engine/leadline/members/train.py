@@ -1,8 +1,8 @@
 """Training a member with the paper's recipe."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RESIDENT_BYTES = 2**30  # a decoded training split below this is read once and kept on the device
 STEPS_BETWEEN_CHECKS = 50  # looking at a loss waits for the GPU
+STEPS_BEFORE_CAPTURE = 3  # libraries set themselves up, and momentum gets its memory, in steps that no graph holds
 
 
 def train(
@@ -32,6 +33,8 @@ def train(
     device: torch.device | str,
     at: Collection[int] = (),
     watch: Callable[[int], None] = lambda step: None,
+    *,
+    replay: bool = False,
 ) -> None:
     """Train a model in place, by SGD with momentum on the cross-entropy of the given labels; no augmentation.
 
@@ -41,42 +44,112 @@ def train(
     threads and machine give the same bits; the caller's random state stays as it was.
     watch is called with the number of steps done, 0 before the first, where that is one of `at`. The model is in eval
     mode then, and watch may run it, but must not change it: what is trained is the same bits with and without.
+    replay: the step is captured in a CUDA graph and replayed, on a CUDA device that keeps the split's inputs; elsewhere
+    it makes no difference. The model must not wait for the device in its forward pass (`.item()`): RuntimeError.
     Raises LeadlineError where the loss is not finite, naming the step; where the split is empty, the model has nothing
     to train, or its output is not logits for all the labels.
     """
     device = torch.device(device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not len(ids) or not parameters:
-        raise LeadlineError(f"training: {len(ids)} points and {len(parameters)} parameters to train; give one at least")
-    model.to(device).train()
-    optimizer = torch.optim.SGD(parameters, lr=training.learning_rate, momentum=training.momentum)
-    labels = torch.as_tensor(points.labels[ids], dtype=torch.int64, device=device)
-    n_labels = int(labels.max()) + 1
-    read = _reader(points, ids, device)
-    use_bfloat16 = resolve_precision(training.precision, device) == "bfloat16"
-    unchecked: list[Tensor] = []
-    with _deterministic(seed, device):
-        for step, batch in zip(range(training.steps), _batches(len(ids), training.batch, seed), strict=False):
+    with deterministic(seed, device), side_stream(device) if replay else nullcontext():
+        for step in steps(model, points, ids, training, seed, device, at, replay=replay):
             if step in at:
-                with _aside(model, device):
+                with aside([model], device):
                     watch(step)
-            rate = training.learning_rate * training.decay ** sum(m <= step for m in training.milestones)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                logits = _checked_logits(model(read(batch)), len(batch), n_labels)
-            loss = F.cross_entropy(logits.float(), labels[batch.to(device)])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            unchecked.append(loss.detach())
-            done = step + 1
-            if len(unchecked) == STEPS_BETWEEN_CHECKS or done == training.steps or done in at:
-                _check_losses(unchecked, step, rate)
-                unchecked.clear()
     model.eval()
     if training.steps in at:
         watch(training.steps)
+
+
+def steps(
+    model: nn.Module,
+    points: "Points",
+    ids: NDArray[np.int64],
+    training: "Training",
+    seed: int,
+    device: torch.device,
+    at: Collection[int] = (),
+    *,
+    replay: bool = False,
+) -> Iterator[int]:
+    """The steps of `train`, for who does something between them: the number of steps done, before each step.
+
+    The losses of the steps before those in `at` have been looked at. The model is left in training mode. Where the
+    step is replayed, it runs on the current stream, which may not be the default one.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_trainable(len(ids), len(parameters))
+    model.to(device).train()
+    labels = torch.as_tensor(points.labels[ids], dtype=torch.int64, device=device)
+    n_labels = int(labels.max()) + 1
+    resident = is_resident(len(ids), points.input_shape)
+    read = _reader(points, ids, device, resident)
+    use_bfloat16 = resolve_precision(training.precision, device) == "bfloat16"
+
+    def loss_of(places: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
+            logits = checked_logits(model(read(places)), len(places), n_labels)
+        return F.cross_entropy(logits.float(), labels[places.to(device)])
+
+    places = torch.arange(len(ids), device=device if resident else "cpu")
+    replay = replay and resident and device.type == "cuda"
+    return descend(parameters, loss_of, batches(places, training.batch, seed), training, at, replay=replay)
+
+
+def descend(
+    parameters: Sequence[Tensor],
+    losses_of: Callable[[Tensor], Tensor],
+    batches: Iterator[Tensor],
+    training: "Training",
+    at: Collection[int],
+    whose: Sequence[str] = ("",),
+    *,
+    replay: bool,
+) -> Iterator[int]:
+    """SGD with momentum on the sum of losses; gives the number of steps done before each step.
+
+    losses_of: the losses of a batch, [] or [M], M networks' that share no parameter; whose: a word on each, for errors.
+    """
+    optimizer = torch.optim.SGD(parameters, lr=training.learning_rate, momentum=training.momentum)
+
+    def step_on(batch: Tensor) -> Tensor:
+        losses = losses_of(batch)
+        optimizer.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return losses.detach()
+
+    take: Callable[[Tensor], Tensor] = step_on
+    rate_in_graph = None
+    unchecked: list[Tensor] = []
+    for step, batch in zip(range(training.steps), batches, strict=False):
+        yield step
+        rate = training.learning_rate * training.decay ** sum(m <= step for m in training.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if replay and step >= STEPS_BEFORE_CAPTURE and rate != rate_in_graph:
+            optimizer.zero_grad()  # gradients are to lie in the graph's own memory
+            take, rate_in_graph = _captured(step_on, batch), rate
+        unchecked.append(take(batch))
+        done = step + 1
+        if len(unchecked) == STEPS_BETWEEN_CHECKS or done == training.steps or done in at:
+            _check_losses(unchecked, step, rate, whose)
+            unchecked.clear()
+
+
+def _captured(step_on: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[Tensor], Tensor]:
+    """A step as a CUDA graph on the current stream. Capturing it takes no step."""
+    given, graph = batch.clone(), torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream(batch.device)
+    # Other threads (Ray's, a reader's) may go on using CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        losses = step_on(given)
+
+    def replayed(batch: Tensor) -> Tensor:
+        given.copy_(batch)
+        graph.replay()
+        return losses.clone()
+
+    return replayed
 
 
 def steps_per_epoch(n_points: int, batch: int) -> int:
@@ -107,7 +180,7 @@ def resolve_precision(precision: str, device: torch.device | str) -> Literal["fl
 
 
 @contextmanager
-def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
+def deterministic(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers (of dropout, say) from `seed` and no choice of kernels by their speed, for a while."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
@@ -121,19 +194,40 @@ def _deterministic(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A stream beside the current one, which waits for it in the end: a CUDA graph is not captured on the default one.
+
+    Nothing where the device is no CUDA device.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@contextmanager
+def aside(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Eval mode, and random numbers that training does not miss, for a while."""
-    with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         yield
 
 
-def _batches(n_points: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of places 0 … n_points - 1, int64 [size], epoch after epoch without end."""
+def batches(places: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of the places, int64 [size] on their device, epoch after epoch without end."""
     generator = torch.Generator().manual_seed(seed)
+    n_points = len(places)
     size = min(size, n_points)
     while True:
         order = torch.randperm(n_points, generator=generator)
-        yield from order[: n_points // size * size].reshape(-1, size)
+        # A whole epoch at once: to copy each batch to a GPU would hold up its step.
+        yield from places[order[: n_points // size * size].to(places.device)].reshape(-1, size)
 
 
 def is_resident(n_points: int, input_shape: tuple[int, ...]) -> bool:
@@ -141,15 +235,22 @@ def is_resident(n_points: int, input_shape: tuple[int, ...]) -> bool:
     return 4 * n_points * math.prod(input_shape) < RESIDENT_BYTES
 
 
-def _reader(points: "Points", ids: NDArray[np.int64], device: torch.device) -> Callable[[Tensor], Tensor]:
+def check_trainable(n_points: int, n_parameters: int) -> None:
+    if not n_points or not n_parameters:
+        raise LeadlineError(f"training: {n_points} points and {n_parameters} parameters to train; give one at least")
+
+
+def _reader(
+    points: "Points", ids: NDArray[np.int64], device: torch.device, resident: bool
+) -> Callable[[Tensor], Tensor]:
     """Inputs by their places in `ids`, float32 [n, *input_shape] on the device."""
-    if is_resident(len(ids), points.input_shape):
+    if resident:
         inputs = torch.as_tensor(points.read(ids), device=device)  # decoding again each epoch would take most time
-        return lambda places: inputs[places.to(device)]
+        return lambda places: inputs[places]
     return lambda places: torch.as_tensor(points.read(ids[places.numpy()]), device=device)
 
 
-def _checked_logits(output: object, n_rows: int, n_labels: int) -> Tensor:
+def checked_logits(output: object, n_rows: int, n_labels: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise LeadlineError(
             f"training: the model returns {type(output).__name__} in training mode; wrap it so that it returns logits"
@@ -162,11 +263,13 @@ def _checked_logits(output: object, n_rows: int, n_labels: int) -> Tensor:
     return output
 
 
-def _check_losses(losses: list[Tensor], last_step: int, rate: float) -> None:
-    finite = torch.isfinite(torch.stack(losses))
-    if not finite.all():
-        step = last_step + 1 - len(losses) + int(finite.int().argmin())
+def _check_losses(losses: list[Tensor], last_step: int, rate: float, whose: Sequence[str]) -> None:
+    """losses: of one step after another, each [] or [M]."""
+    table = torch.stack(losses).reshape(len(losses), -1)
+    wrong = (~torch.isfinite(table)).nonzero()
+    if len(wrong):
+        row, member = wrong[0].tolist()
         raise LeadlineError(
-            f"training: the loss is {losses[int(finite.int().argmin())].item()} at step {step}; "
-            f"use a learning rate lower than {rate:g}"
+            f"training: the loss{whose[member]} is {table[row, member].item()} at step "
+            f"{last_step + 1 - len(losses) + row}; use a learning rate lower than {rate:g}"
         )

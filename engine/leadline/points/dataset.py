@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from leadline.config import Digits, ImageFolder, NpyPoints, ParquetPoints, PointsConfig, TorchvisionPoints
 from leadline.errors import LeadlineError
 from leadline.points.corruption import corrupted, relabelled
 from leadline.points.digits import open_digits
@@ -19,8 +18,11 @@ from leadline.points.parquet import open_parquet
 from leadline.points.source import Source
 from leadline.points.torchvision_sets import open_torchvision
 
+if TYPE_CHECKING:
+    from leadline.config import PointsConfig
 
-def open_points(config: PointsConfig) -> "Points":
+
+def open_points(config: "PointsConfig") -> "Points":
     """Open what a configuration describes; reads names, labels and the first input.
 
     Raises LeadlineError, in one line, for what is missing, damaged or does not fit together.
@@ -28,7 +30,10 @@ def open_points(config: PointsConfig) -> "Points":
     return Points(config, _open_source(config))
 
 
-def _open_source(config: PointsConfig) -> Source:
+def _open_source(config: "PointsConfig") -> Source:
+    # Decoding, and all else in this room, needs no pydantic: who opens a configuration has it.
+    from leadline.config import Digits, ImageFolder, NpyPoints, ParquetPoints, TorchvisionPoints
+
     match config:
         case Digits():
             return open_digits()
@@ -53,7 +58,7 @@ class Points:
     A pickle holds the configuration alone: who unpickles it opens the source again.
     """
 
-    def __init__(self, config: PointsConfig, source: Source) -> None:
+    def __init__(self, config: "PointsConfig", source: Source) -> None:
         self._config = config
         self._source = source
         self.keys = source.keys
@@ -89,7 +94,7 @@ class Points:
 
         Images: resized, cropped, scaled to [0, 1], then (x - mean) / std, as far as configured. Numbers: as they are.
         Raises IndexError for an id that no point has; LeadlineError that names the file, row or key of an input that
-        cannot be decoded, has another size than the first, or is not finite. For one thread at a time.
+        cannot be decoded, has another size than the first, or is not finite. Several threads may read at once.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
@@ -164,7 +169,7 @@ class Points:
             )
 
 
-def _refuse_unfit_keys(config: PointsConfig, full_scale: int | None) -> None:
+def _refuse_unfit_keys(config: "PointsConfig", full_scale: int | None) -> None:
     if full_scale is None:
         for key in ("resize", "crop", "mean"):
             if getattr(config, key) is not None:

@@ -5,23 +5,25 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from leadline.config import ImageFolder
 from leadline.errors import LeadlineError
 from leadline.points.images import decode
 from leadline.points.source import Source, two_parts
+
+if TYPE_CHECKING:
+    from leadline.config import ImageFolder
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 _HASHING_THREADS = 8
 _HASHING_BLOCK = 1024  # files handed to the threads at once, so that a million pending ones are never held
 
 
-def open_image_folder(config: ImageFolder) -> Source:
+def open_image_folder(config: "ImageFolder") -> Source:
     """Images below root/<class>/, sorted by class, then by path; only their names are held.
 
     Classes are the folders of train and test together, sorted. Keys are the paths from the root. Names that begin with

@@ -2,12 +2,11 @@
 
 import tokenize
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leadline.config import NpyPoints
 from leadline.errors import LeadlineError, one_line
 from leadline.points.arrays import ArrayInputs
 from leadline.points.source import (
@@ -21,8 +20,11 @@ from leadline.points.source import (
     two_parts,
 )
 
+if TYPE_CHECKING:
+    from leadline.config import NpyPoints
 
-def open_npy(config: NpyPoints) -> Source:
+
+def open_npy(config: "NpyPoints") -> Source:
     """Inputs, labels and, where given, parts from .npy files with one row for each point.
 
     inputs: images uint8 [N, C, H, W], or grey [N, H, W], of 0 … 255; or numbers: real [N, …], uint8 only as [N, D].

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from leadline.config import ParquetPoints
 from leadline.errors import LeadlineError, one_line
 from leadline.points.images import decode
 from leadline.points.source import MAX_CLASSES, Inputs, Source, checked_labels, numbered_names, two_parts
+
+if TYPE_CHECKING:
+    from leadline.config import ParquetPoints
 
 # Stored bytes that are kept: CIFAR-10 stays in memory, ImageNet does not.
 CACHE_BYTES = 1 << 30
@@ -41,7 +44,7 @@ class _File:
         return f"{self.path} row {row}"
 
 
-def open_parquet(config: ParquetPoints, cache_bytes: int = CACHE_BYTES) -> Source:
+def open_parquet(config: "ParquetPoints", cache_bytes: int = CACHE_BYTES) -> Source:
     """Points in the order of rows, files sorted by their path; labels and names are read now, inputs when asked for.
 
     Column `input`: image bytes, or a struct of bytes and path as Hugging Face stores images, or lists of numbers, all
@@ -99,6 +102,7 @@ class _RowGroups:
         self._first_ids = list(accumulate((file.group_rows[group] for file, group, _ in self._groups), initial=0))[:-1]
         self._kept = OrderedDict[int, Any]()
         self._kept_bytes = 0
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -113,15 +117,16 @@ class _RowGroups:
         return file.where(first_row + row)
 
     def get(self, group: int) -> Any:
-        if group in self._kept:
-            self._kept.move_to_end(group)
-            return self._kept[group]
-        loaded = self._kept[group] = self._load(group)
-        self._kept_bytes += loaded.nbytes
-        while self._kept_bytes > self._limit and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.nbytes
-        return loaded
+        with self._lock:  # threads that read at once load a group once
+            if group in self._kept:
+                self._kept.move_to_end(group)
+                return self._kept[group]
+            loaded = self._kept[group] = self._load(group)
+            self._kept_bytes += loaded.nbytes
+            while self._kept_bytes > self._limit and len(self._kept) > 1:
+                _, oldest = self._kept.popitem(last=False)
+                self._kept_bytes -= oldest.nbytes
+            return loaded
 
     def _load(self, group: int) -> Any:
         file, group_in_file, _ = self._groups[group]
@@ -355,7 +360,7 @@ def _names_in(file: _File, column: str) -> tuple[str, ...]:
         raise LeadlineError(f"{file.path}: label names in its metadata cannot be read; write the file again") from None
 
 
-def _keys(file: _File, config: ParquetPoints) -> list[str]:
+def _keys(file: _File, config: "ParquetPoints") -> list[str]:
     """A name for every row."""
     if config.key is not None:
         return _key_column(file, config.key)

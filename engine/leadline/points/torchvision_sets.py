@@ -7,17 +7,19 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leadline.config import TorchvisionPoints
 from leadline.errors import LeadlineError, one_line
 from leadline.points.arrays import ArrayInputs
 from leadline.points.idx import read_idx
 from leadline.points.source import TEST, TRAIN, Source, checked_labels, numbered_keys, two_parts
 from leadline.torchvision_import import import_torchvision
+
+if TYPE_CHECKING:
+    from leadline.config import TorchvisionPoints
 
 _CACHE = Path("~/.cache/leadline")
 _DIGITS = tuple("0123456789")
@@ -57,7 +59,7 @@ _IDX_FILES = (
 )
 
 
-def open_torchvision(config: TorchvisionPoints) -> Source:
+def open_torchvision(config: "TorchvisionPoints") -> Source:
     """Images uint8 [N, C, H, W] in memory: C is 1 for Fashion-MNIST and MNIST, 3 for CIFAR and SVHN.
 
     The files are looked for in config.path, by default in ~/.cache/leadline/<name>, for Fashion-MNIST first where the
@@ -75,7 +77,7 @@ def open_torchvision(config: TorchvisionPoints) -> Source:
     return _open_cifar(config, datasets.CIFAR10 if config.source == "cifar10" else datasets.CIFAR100, root)
 
 
-def _open_idx(config: TorchvisionPoints, idx_set: _IdxSet, root: Path) -> Source:
+def _open_idx(config: "TorchvisionPoints", idx_set: _IdxSet, root: Path) -> Source:
     raw = Path(idx_set.torchvision_class, "raw")
     folders = [root, root / raw]
     if config.path is None and idx_set.system_folder is not None:
@@ -111,7 +113,7 @@ def _idx_part(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.in
     return images[:, None], checked_labels(labels, 10, lambda row: f"{labels_path} row {row}")
 
 
-def _open_cifar(config: TorchvisionPoints, kind: Any, root: Path) -> Source:
+def _open_cifar(config: "TorchvisionPoints", kind: Any, root: Path) -> Source:
     listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
     sums = {f"{kind.base_folder}/{name}": md5 for name, md5 in listed}
     _find(config, root, sums, lambda folder: kind(folder, download=True), f"{kind.base_folder} from {kind.url}")
@@ -120,7 +122,7 @@ def _open_cifar(config: TorchvisionPoints, kind: Any, root: Path) -> Source:
     return _source(config.source, train, test, tuple(parts[0].classes))
 
 
-def _open_svhn(config: TorchvisionPoints, kind: Any, root: Path) -> Source:
+def _open_svhn(config: "TorchvisionPoints", kind: Any, root: Path) -> Source:
     sums = {kind.split_list[split][1]: kind.split_list[split][2] for split in ("train", "test")}
 
     def fetch(folder: Path) -> None:
@@ -154,7 +156,7 @@ def _source(
 
 
 def _find(
-    config: TorchvisionPoints, root: Path, sums: dict[str, str], fetch: Callable[[Path], object], what: str
+    config: "TorchvisionPoints", root: Path, sums: dict[str, str], fetch: Callable[[Path], object], what: str
 ) -> None:
     """See to it that all files are in `root` with their MD5 sums; some of these files are unpickled by torchvision."""
     if not any((root / file).is_file() for file in sums):
@@ -167,7 +169,9 @@ def _find(
             raise LeadlineError(f"{root / file}: damaged, its MD5 sum is not {md5}; replace the file")
 
 
-def obtain(config: TorchvisionPoints, root: Path, files: list[str], fetch: Callable[[Path], object], what: str) -> None:
+def obtain(
+    config: "TorchvisionPoints", root: Path, files: list[str], fetch: Callable[[Path], object], what: str
+) -> None:
     """Have `fetch` put `files` into a folder of its own, then move them to `root`, so that there are whole ones only.
 
     Raises LeadlineError, which says where to put `what`, if config.download is false or the download fails.
