@@ -143,7 +143,7 @@ def _manifest(name: str) -> dict[str, Any]:
     points = {"source": "npy", "inputs": "none.npy", "labels": "none.npy"}
     members = [{"architecture": "mlp", "name": one, "training": {"steps": 1}} for one in ARCHITECTURES]
     config = load_config({"name": name, "points": points, "members": members, "k": K})
-    stamps = {"fingerprint": "made up", "data": {"fingerprint": "made up"}}
+    stamps = {"fingerprint": "made up", "data": {"fingerprint": "made up"}, "versions": {}, "files": {}, "stages": {}}
     return {"name": name, "status": "complete", "configuration": config.record(), **stamps}
 
 

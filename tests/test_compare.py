@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from tiny import TINY
+from tiny import MADE_UP, TINY
 
 import leadline
 from leadline import LeadlineError, cli
@@ -78,7 +78,8 @@ def write_run(root, keys, labels, depth, architecture="net", fingerprint="a", st
         for i in range(n)
     ]  # fmt: skip
     write_table(directory.table("ensemble"), ENSEMBLE, [pa.Table.from_pylist(rows, ENSEMBLE)], {})
-    write_json(directory.manifest_path, {"status": status, "data": {"fingerprint": fingerprint, "points": n}})
+    data = {"fingerprint": fingerprint, "points": n}
+    write_json(directory.manifest_path, {**MADE_UP, "status": status, "data": data})
     return leadline.open(root)
 
 

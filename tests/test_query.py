@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import TINY
+from tiny import MADE_UP, TINY
 
 import leadline
 from leadline import LeadlineError
@@ -60,7 +60,7 @@ def many_points(tmp_path):
         votes = [leadline.Votes(*random.integers(0, 9, (4, N)).astype(np.int32)) for _ in range(PROBES)]
         table = pa.table({"point_id": ids, **vote_columns(votes)})
         write_table(directory.member_table("votes", member), votes_schema(PROBES), [table], {})
-    write_json(directory.manifest_path, {"name": "many", "status": "complete"})
+    write_json(directory.manifest_path, MADE_UP)
     return leadline.open(tmp_path / "run")
 
 

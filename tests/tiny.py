@@ -63,6 +63,18 @@ STUDIED = {
     "engine": {"workers": 2, "batch_size": 64},
 }
 
+# What the manifest of a finished run has, for tests that write tables without computing them.
+MADE_UP = {
+    "name": "made up",
+    "configuration": {},
+    "data": {"fingerprint": "a", "points": 0},
+    "fingerprint": "a",
+    "versions": {},
+    "files": {},
+    "stages": {},
+    "status": "complete",
+}
+
 
 def tables_of(run: Path) -> dict[str, pa.Table]:
     """Every table of a run, by its file's name, as columns of plain values (no metadata, which tells the sharding)."""

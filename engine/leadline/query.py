@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # How DuckDB reads files of the user's own, by the ends of their names.
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".csv.gz": "read_csv", ".tsv": "read_csv"}
+# What the manifest of a finished run has.
+WHOLE = ("name", "configuration", "data", "fingerprint", "versions", "files", "stages")
 
 
 class Run:
@@ -174,10 +176,13 @@ class Run:
             raise LeadlineError(f"query: {one_line(error)}") from None
 
     def refuse_unfinished(self) -> None:
-        """Raises LeadlineError where not all of its tables are there."""
+        """Raises LeadlineError where not all of its tables are there, or its manifest has lost a part."""
         status = self.manifest.get("status")
         if status != "complete":
             raise LeadlineError(f"{self.directory.root}: the run is {status}; finish it with the command that began it")
+        missing = [key for key in WHOLE if key not in self.manifest]
+        if missing:
+            raise LeadlineError(f"{self.directory.manifest_path}: damaged (no {missing[0]}); restore it")
 
     def depth_of(
         self, member: str, points: Any = None, *, embeddings: Sequence[Any] | None = None, predictions: Any = None

@@ -165,6 +165,25 @@ def test_a_damaged_table_is_told_in_a_line(tiny_run, tmp_path, table):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("part", ["configuration", "versions", "stages"])
+def test_a_manifest_that_has_lost_a_part_is_told_in_a_line(tiny_run, tmp_path, part):
+    run = open_run(tiny_run.directory.root)
+    run.manifest = {key: value for key, value in run.manifest.items() if key != part}
+    with pytest.raises(leadline.LeadlineError, match=rf"run.json: damaged \(no {part}\); restore it"):
+        write_report(run, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_points_has_a_page(tiny_run, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(tiny_run.directory.root, root)
+    for name in ("points.parquet", "ensemble.parquet"):
+        table = pq.ParquetFile(root / name).read()
+        pq.write_table(table.slice(0, 0), root / name)
+    write_report(open_run(root), tmp_path / "page.html")
+    assert "<dd>0, 0 of them in part test, 0 classes</dd>" in (tmp_path / "page.html").read_text()
+
+
 def test_a_run_in_a_bucket_has_the_same_report(s3, bucket, tiny_run, tmp_path):
     root = tiny_run.directory.root
     for path in (path for path in root.rglob("*") if path.suffix in (".parquet", ".json")):

@@ -113,9 +113,6 @@ class Explorer:
 
     def __init__(self, run: Run) -> None:
         run.refuse_unfinished()
-        missing = [key for key in ("name", "configuration", "fingerprint", "data") if key not in run.manifest]
-        if missing:
-            raise LeadlineError(f"{run.directory.manifest_path}: damaged (no {missing[0]}); restore it")
         self.run = run
         self.images = Images(run)
         self.neighbours = lru_cache(256)(self._neighbours)  # a search takes seconds
@@ -138,7 +135,7 @@ class Explorer:
             "methods": self.run.sql("SELECT DISTINCT method FROM probes ORDER BY method")["method"].to_pylist(),
             "configuration": manifest["fingerprint"],
             "data": manifest["data"]["fingerprint"],
-            "leadline": manifest.get("versions", {}).get("leadline"),
+            "leadline": manifest["versions"].get("leadline"),
             "kept": self._config.engine.keep_indexes,
             "classes": classes.to_pylist(),
             "kinds": list(KINDS),
