@@ -1,6 +1,6 @@
 """On one GPU: checks, then times, then one JSON file, a section after another.
 
-python benchmarks/gpu.py OUT.json [--only checks,rates,layer,member,images,training] [--cifar10 FOLDER]
+python benchmarks/gpu.py OUT.json [--only SECTION,SECTION] [--cifar10 FOLDER] [--commit ID]
 
 checks    neighbours of hard inputs against float64 brute force
 rates     all pairs at k = 30, in turns: the search with and without pruning, torch's matrix product of the same rows in
@@ -42,7 +42,7 @@ from leadline.members.train import train
 from leadline.members.weights import load_weights, save_weights
 
 K, ROUNDS = 30, 3
-WIDTHS = (128, 512, 1024, 2048)
+WIDTHS = (128, 512, 2048)
 ROWS = 262_144
 LAYER = (1_331_167, 1_281_167, 2048)
 DEVICE = torch.device("cuda")
@@ -259,8 +259,8 @@ def _from_checkpoint(
 
 
 def _against_cpu(model: torch.nn.Module, inputs: torch.Tensor, labels: Any) -> list[dict[str, Any]]:
-    """At every probe: votes of 300 points in a bank of 8,000, on the GPU, the CPU and in float64."""
-    n_bank, n_queries, rows = 8000, 300, []
+    """At every probe: votes of 200 points in a bank of 4,000, on the GPU, the CPU and in float64."""
+    n_bank, n_queries, rows = 4000, 200, []
     some = torch.utils.data.TensorDataset(inputs[:n_bank], torch.from_numpy(labels[:n_bank]))
     points = one_model._Points(some, "bank", DEVICE)
     placed = one_model.place_probes(model, "auto", inputs[:1].to(DEVICE))

@@ -22,6 +22,7 @@ from leadline.embedding.reductions import (
 )
 from leadline.errors import LeadlineError
 from leadline.knn import Votes, knn_votes, usable_method
+from leadline.knn.on_device import free_memory
 from leadline.members.probes import Probe, place_probes
 from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
 
@@ -95,7 +96,7 @@ def prediction_depth(
                     exclude=exclude,
                     method=method,
                     device=device,
-                )  # fmt: skip
+                )
             )
             del rows, asked
     depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), outputs["prediction"])
@@ -119,7 +120,7 @@ class _Points:
     def __init__(self, points: Any, name: str, device: torch.device) -> None:
         self._points, self.name, self._device = points, name, device
         self.labels = np.empty(len(points), np.int64)
-        self._room = int(DECODED * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+        self._room = int(DECODED * free_memory(device)) if device.type == "cuda" else 0
         self._kept: list[torch.Tensor] = []
 
     def __len__(self) -> int:
@@ -169,7 +170,7 @@ class _Forward:
 
 def _groups(probes: Sequence[Probe], n_points: int, device: torch.device) -> list[list[int]]:
     """Indexes of probes whose embeddings of all points are kept together; in main memory all of them are."""
-    room = EMBEDDED * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    room = EMBEDDED * free_memory(device) if device.type == "cuda" else math.inf
     groups: list[list[int]] = []
     left = 0.0
     for probe in probes:

@@ -13,14 +13,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 QUERIES = 128  # of a tile
-ROWS = {0: 128, 1024: 256}  # of a tile, by the least width: two tiles at a time hide what one waits for
+ROWS = {0: (128, 4), 512: (256, 8)}  # of a tile, and its warps, by the least width, as measured on an H100
 DEPTH = 64  # values of a row that one step multiplies
 FLUSH = 4096  # values that one accumulator adds up
 RUN = 16  # rows of which the nearest alone is estimated: every eighth of 128, as one thread holds them; at most 16
 CAPACITY = 512  # runs that a query keeps
-WARPS, STAGES = 8, 3
+STAGES = 3  # of rows on their way
 STEP = 1024  # runs that are looked through together
-GROUP = 16  # tiles of queries that meet a tile of rows together, while it is in the cache
+GROUP = 32  # tiles of queries that meet a tile of rows together, while it is in the cache
 UNIT = 2.0**12  # that values are multiplied by before they are rounded: float16 ends at 65504, and thins out at 2^-14
 GONE = -(1 << 30)  # candidates of a query that is not searched here
 LANES, LEAF = 8, 128  # numpy's pairwise sum: lanes of a leaf, squares of a leaf
@@ -47,7 +47,7 @@ def _place(pid, n_tiles, n_query_tiles, GROUP: tl.constexpr):
     return group * GROUP + inside % in_group, inside // in_group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n_tiles", "n_query_tiles", "stride", "n_bank_tiles", "n_cells"])
 def _near(
     out, limit, lam, slip, far, query_cell, inner, outer, apart, order, order_cell, first, n_tiles, n_query_tiles,
     stride, n_bank_tiles, n_cells, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +76,7 @@ def _near(
     tl.store(out + pid, tl.max(near.to(tl.int32), axis=1).to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n_tiles", "n_query_tiles", "stride", "bias_stride", "n_bank_tiles"])
 def _screen(
     queries, rows, limit, lam, rho, slip, far, query_cell, longest, lost, bias, order, order_cell, todo, best_out,
     masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, gamma,
@@ -143,7 +143,7 @@ def _screen(
         tl.store(flags + query_tile * n_tiles + t, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n_tiles", "stride", "n_bank_tiles"])
 def _collect(
     counts, estimates, candidates, masks, far, query_cell, order, order_cell, best, bits, flags, first, n_tiles, stride,
     n_bank_tiles, NARROW: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
@@ -218,7 +218,7 @@ def _float(ordered):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "n"])
 def _bound(bounds, limit, k, n, BLOCK: tl.constexpr):
     """Of each query: the k-th smallest bound, where its limit is above it."""
     i = tl.program_id(0)
@@ -229,7 +229,7 @@ def _bound(bounds, limit, k, n, BLOCK: tl.constexpr):
     tl.store(limit + i, tl.minimum(t_i, kth))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "k"])
 def _refine(
     counts, estimates, candidates, masks, limit, lam, rho, slip, far, tile_cell, longest, lost, own, n_sure, n_rows, k,
     stride, gamma, FINAL: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
@@ -327,7 +327,7 @@ def _round(
     tl.store(lost + place, tl.sum(off, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _expand(
     which, query_of, counts, n_sure, candidates, masks, order, first, chosen, pair_query, pair_row, k,
     ROWS: tl.constexpr, RUN: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
@@ -354,7 +354,7 @@ def _expand(
         to += (has & (sure == 0)).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _choose(which, query_of, n_sure, first, n_open, rows, squares, chosen, k, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """Of a query at a place: put the nearest of its open rows, by (distance, row), after those that are sure."""
     number = tl.program_id(0)
@@ -423,10 +423,10 @@ def _measure(
 @dataclass(frozen=True)
 class RowTiles:
     """Bank rows [P] in tiles of `size`, each of one cell. values: float16 [P, D'] (`round_rows`), or float32 [P, D]
-    where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the lengths of its
-    rounded rows and of what rounding took; inner and outer, the least and greatest distance from the centre. apart
-    float32 [C, C]: distances of centres; nearest, nearest_cell int32
-    [C, tiles]: the tiles, those of the nearest cells first, and their cells.
+    where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the lengths of
+    its rounded rows and of what rounding took; inner and outer, the least and greatest distance from the centre. apart
+    float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the nearest cells
+    first, and their cells.
     """
 
     values: torch.Tensor
@@ -475,7 +475,7 @@ class QueryTiles:
 
 def tile_rows(width: int) -> int:
     """Rows of a tile of so wide a bank."""
-    return next(rows for least, rows in sorted(ROWS.items(), reverse=True) if width >= least)
+    return _tile(width)[0]
 
 
 def interpreted() -> bool:
@@ -536,7 +536,7 @@ def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bo
         _collect[(len(q.limit),)](
             q.counts, q.estimates, q.candidates, q.masks, q.far, q.cell, r.nearest, r.nearest_cell, best, bits, flags,
             first, n, q.far.stride(0), len(r.cell), NARROW=_is_narrow(q), QUERIES=QUERIES, ROWS=r.size, RUN=RUN,
-            CAPACITY=CAPACITY, STEP=min(STEP, triton.next_power_of_2(runs)), num_warps=4,
+            CAPACITY=CAPACITY, STEP=min(STEP, triton.next_power_of_2(runs)), num_warps=1,
         )  # fmt: skip
     return number
 
@@ -560,7 +560,7 @@ def refine(q: QueryTiles, r: RowTiles, k: int, width: int, ends: torch.Tensor | 
         q.counts, q.estimates, q.candidates, q.masks, q.limit, q.length, q.lost, q.slip, q.far, r.cell, r.longest,
         r.lost, q.own, n_sure, n_rows, k, q.far.stride(0), roundoff(width), FINAL=ends is not None,
         NARROW=_is_narrow(q), ROWS=r.size, RUN=RUN, CAPACITY=CAPACITY, SLACK=SLACK, GONE=GONE,
-        num_warps=4,
+        num_warps=2,
     )  # fmt: skip
 
 
@@ -616,6 +616,10 @@ def measure(
     return out
 
 
+def _tile(width: int) -> tuple[int, int]:
+    return next(tile for least, tile in sorted(ROWS.items(), reverse=True) if width >= least)
+
+
 def _is_narrow(q: QueryTiles) -> bool:
     return q.values.dtype == torch.float32
 
@@ -646,5 +650,5 @@ def _launch(
         best if flags is None else flags, first, n, len(q.cell), q.far.stride(0), 0 if narrow else r.bias.stride(0),
         len(r.cell), width, roundoff(width), BOUND=bits is None, PRUNE=todo is not None, NARROW=narrow,
         FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.size, DEPTH=DEPTH, FLUSH=FLUSH, RUN=RUN, GROUP=GROUP,
-        SLACK=SLACK, PRODUCT=UNIT**-2, num_warps=WARPS, num_stages=STAGES,
+        SLACK=SLACK, PRODUCT=UNIT**-2, num_warps=_tile(width)[1], num_stages=STAGES,
     )  # fmt: skip

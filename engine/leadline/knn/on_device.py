@@ -17,6 +17,7 @@ import torch
 from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array, Rows, copied
 from leadline.knn.exact import (
+    LARGEST,
     MEMORY,
     NOTHING,
     SCALES,
@@ -82,7 +83,7 @@ class DeviceBank:
 
     def __init__(self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None) -> None:
         self._device = torch.device(device)
-        self._rows, self._memory = rows, _free(self._device) if memory is None else memory
+        self._rows, self._memory = rows, free_memory(self._device) if memory is None else memory
         n_bank, width = rows.shape
         # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
         fits = (isinstance(rows, torch.Tensor) and rows.device == self._device) or 12 * n_bank * width <= self._memory
@@ -179,7 +180,7 @@ class DeviceBank:
         n, width = queries.shape
         lists = 12 * fused.CAPACITY if fused else 0
         of_one = 6 * width + 8 * _n_cells(self._step) + lists + 256
-        step = max(1024, _free(self._device, self._memory) // of_one)
+        step = max(1024, free_memory(self._device, self._memory) // of_one)
         step = max(1, -(-n // max(1, -(-n // step))))
         for first in range(0, n, step):
             yield slice(first, min(first + step, n))
@@ -487,8 +488,8 @@ def _n_cells(n_bank: int) -> int:
     return max(1, min(isqrt(n_bank) // 2, n_bank // OF_A_CELL))
 
 
-def _free(device: torch.device, most: int | None = None) -> int:
-    """Bytes of the device that a search may take."""
+def free_memory(device: torch.device, most: int | None = None) -> int:
+    """Bytes of the device that there are for a search."""
     if device.type != "cuda":
         return MEMORY if most is None else most
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -517,14 +518,17 @@ def _survey(rows: torch.Tensor, first: int) -> tuple[torch.Tensor, float]:
 
     Raises LeadlineError for values that are not finite.
     """
-    _refuse_non_finite(rows, first, "bank row")
     centre = rows[:: len(rows) // SURVEYED + 1].double().mean(dim=0)
+    near = centre.to(rows.dtype)  # a length is about right, and float32 differences halve what is moved
     step = max(1, BYTES // (8 * rows.shape[1]))
     lengths = [
-        torch.linalg.vector_norm(rows[start : start + step].double() - centre, dim=1).amax()
+        torch.linalg.vector_norm(rows[start : start + step] - near, dim=1, dtype=torch.float64).amax()
         for start in range(0, len(rows), step)
     ]
-    return centre, float(torch.stack(lengths).amax()) ** 2
+    longest = float(torch.stack(lengths).amax())
+    if not longest < LARGEST:
+        _refuse_non_finite(rows, first, "bank row")
+    return centre, longest**2
 
 
 def _distances(centres: torch.Tensor) -> torch.Tensor:
