@@ -27,7 +27,7 @@ from rich.text import Text
 
 from leadline import machine
 from leadline.errors import LeadlineError, one_line
-from leadline.knn import Bank, knn_votes, usable_method
+from leadline.knn import bank_on, knn_votes, usable_method
 from leadline.knn.arrays import Array
 from leadline.knn.methods import METHODS
 from leadline.knn.screen import precisions
@@ -123,6 +123,9 @@ def _torch() -> list[Finding]:
     built = f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}"
     fault = _fault_of_cuda()
     if fault:
+        if shutil.which("nvidia-smi") is None:
+            # What PyPI installs by default, on a machine without a GPU: it works there.
+            return [Finding("torch", f"{built}, of which there is none here; a build for the CPU is smaller")]
         mend = "mend the driver, or install a torch that is built for the CPU"
         return [Finding("torch", f"{built}, which it cannot use ({fault}); {mend}", is_broken=True)]
     return [Finding("torch", built)]
@@ -221,7 +224,7 @@ def _searches() -> list[Finding]:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in precisions())
     loops = f"compiled loops, {torch.get_num_threads()} threads; products of the cheapest of {names} for the bank; "
     return [
-        Finding(f"search on {device}", f"{loops if device == 'cpu' else ''}in the check: {Bank(bank, device).plan}")
+        Finding(f"search on {device}", f"{loops if device == 'cpu' else ''}in the check: {bank_on(bank, device).plan}")
         for device in _devices()
     ]
 

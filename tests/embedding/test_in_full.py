@@ -75,7 +75,7 @@ def test_a_search_in_full_is_brute_force_over_what_would_be_stored(images, netwo
     rows, read = rows_of(network, images, 1, np.arange(N))
     asked = np.arange(0, N, 11)
     queries, _ = rows_of(network, images, 1, asked)
-    found, cost = Bank(rows, "cpu", memory_budget).search(queries, 10, asked)
+    found, cost = Bank(rows, memory_budget).search(queries, 10, asked)
     distances = cdist(stored[1][asked].astype(float), stored[1].astype(float))
     distances[np.arange(len(asked)), asked] = np.inf
     expected = np.argsort(distances, axis=1, kind="stable")[:, :10]

@@ -76,14 +76,15 @@ GPUS = {
     "h100": Gpu(989e12, 67e12, 3.35e12, 80e9, 24, 256 * 2**30, 3.84e12, "p5.48xlarge"),
     "h200": Gpu(989e12, 67e12, 4.8e12, 141e9, 24, 256 * 2**30, 3.84e12, "p5en.48xlarge"),
 }
-# What is assumed of them, none of it measured: shares of those limits, bytes/s to and from the host and of a disk for
-# each GPU, seconds until workers are there, and bytes of a worker that has done nothing yet.
-OF_BFLOAT16, OF_TRAINING, OF_FLOAT32, OF_BANDWIDTH = 0.5, 0.3, 0.5, 0.7
+# What is assumed of them, none of it measured but what a search takes (OF_BFLOAT16, PAIR, results/gpu-h100.json): shares
+# of those limits, bytes/s to and from the host and of a disk for each GPU, seconds until workers are there, and bytes
+# of a worker that has done nothing yet.
+OF_BFLOAT16, OF_TRAINING, OF_FLOAT32, OF_BANDWIDTH = 0.6, 0.3, 0.5, 0.7
 COPIED, STORED = 20e9, 1.5e9
 START = 60.0
 FILE = 0.01
 WORKER = 2 << 30
-PAIR = 20  # bytes that a pair of a query and a bank row moves in GPU memory, from product to choice (knn/on_device.py)
+PAIR = 3  # bytes that a pair of a query and a bank row moves, or takes as long as, beside its product
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,10 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
         memory=WORKER,
         said=(
             f"not measured: of an {name.upper()}'s {gpu.float32 / 1e12:g} TFLOP/s in float32 {OF_FLOAT32:.0%} are "
-            f"reached by embedding, of its {gpu.bfloat16 / 1e12:g} in bfloat16 {OF_BFLOAT16:.0%} by search and "
-            f"{OF_TRAINING:.0%} by training, and {OF_BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:g} TB/s of memory, where "
-            f"a pair in a search moves {PAIR} bytes",
-            "not measured: searches on GPUs; they leave no pair out, 2 FLOP for each value of each, an upper bound",
+            f"reached by embedding, of its {gpu.bfloat16 / 1e12:g} in bfloat16 {OF_TRAINING:.0%} by training",
+            f"of these a search reaches {OF_BFLOAT16:.0%}, and a pair takes as long again as {PAIR} bytes at "
+            f"{OF_BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:g} TB/s",
+            "searches on GPUs as measured on one H100 (benchmarks/results/gpu-h100.json), with no pair left out: an upper bound",
             f"not measured: {COPIED / 1e9:g} GB/s between host and GPU, {STORED / 1e9:g} GB/s of scratch a worker, "
             f"{START:g} s until workers are there, {WORKER / 2**30:g} GiB a worker that has done nothing yet, "
             f"{FILE * 1000:g} ms for a small file, 1 µs for a vote's way into the tables",

@@ -22,6 +22,7 @@ LOOKS = {
     "hnswlib": ("#009E73", "triangle-left"),
     "gpu-flat": ("#56B4E9", "cross"),
     "gpu-ivf-flat": ("#0072B2", "cross"),
+    "gpu-ivf-pq": ("#CC79A7", "cross"),
     "cagra": ("#009E73", "cross"),
 }
 # Okabe and Ito's colours ("Color universal design", 2008), told apart by all eyes.
