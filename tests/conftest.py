@@ -1,6 +1,7 @@
 """What several rooms' tests share."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -10,15 +11,18 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import STUDIED, TINY, WATCHED
+
+# Triton reads it when it is first imported: without a GPU its interpreter runs the kernels of the search.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     """For networks that are too small for two."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

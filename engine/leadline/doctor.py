@@ -27,7 +27,7 @@ from rich.text import Text
 
 from leadline import machine
 from leadline.errors import LeadlineError, one_line
-from leadline.knn import Bank, knn_votes, usable_method
+from leadline.knn import bank_on, knn_votes, usable_method
 from leadline.knn.arrays import Array
 from leadline.knn.methods import METHODS
 from leadline.knn.screen import precisions
@@ -221,7 +221,7 @@ def _searches() -> list[Finding]:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in precisions())
     loops = f"compiled loops, {torch.get_num_threads()} threads; products of the cheapest of {names} for the bank; "
     return [
-        Finding(f"search on {device}", f"{loops if device == 'cpu' else ''}in the check: {Bank(bank, device).plan}")
+        Finding(f"search on {device}", f"{loops if device == 'cpu' else ''}in the check: {bank_on(bank, device).plan}")
         for device in _devices()
     ]
 

@@ -10,9 +10,9 @@ import torch
 from leadline.errors import LeadlineError
 from leadline.html import html_table
 from leadline.knn.arrays import Array, Shards
-from leadline.knn.exact import MEMORY, refuse_other_width
+from leadline.knn.exact import MEMORY, Bank, refuse_other_width
 from leadline.knn.indexes import Index, build_index, usable_method
-from leadline.knn.on_device import Bank, DeviceBank, bank_on
+from leadline.knn.on_device import DeviceBank, bank_on
 from leadline.knn.rank import by_distance
 
 COUNTED = 64 << 20  # bytes of counts that are made together
