@@ -1,7 +1,13 @@
 """What several rooms' tests share."""
 
-import json
 import os
+
+import torch
+
+# Without a GPU Triton's interpreter runs the kernels of the search. Triton reads this when it is first imported.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
+import json
 import signal
 import socket
 import subprocess
@@ -11,13 +17,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tiny import STUDIED, TINY, WATCHED
-
-# Triton reads it when it is first imported: without a GPU its interpreter runs the kernels of the search.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")
