@@ -181,7 +181,10 @@ def _matrix(values: Any, name: str, device: str | torch.device) -> Any:
         if values.ndim < 2 or values.is_complex():
             raise LeadlineError(f"{name}: {values.dtype} of {values.ndim} dimensions; give real [points, values]")
         values = values.detach().flatten(1).to(device)
-        return values.contiguous() if values.dtype in (torch.float32, torch.float64) else values.float()
+        if values.dtype not in (torch.float32, torch.float64):
+            # As `_array` does, so that the values are the same.
+            values = values.to(torch.float32 if values.itemsize <= 2 else torch.float64)
+        return values.contiguous()
     if isinstance(values, (list, tuple)) and values and all(isinstance(value, np.ndarray) for value in values):
         shards = [_array(value, f"{name}[{i}]") for i, value in enumerate(values) if value.ndim > 1]
         if len(shards) == len(values):
