@@ -42,7 +42,7 @@ def kernels(monkeypatch):
         monkeypatch.setattr(on_device, name, value)
     if HAS_GPU:
         return
-    small = {"QUERIES": 4, "ROWS": {0: 32}, "DEPTH": 32, "RUN": 4, "CAPACITY": 128, "FLUSH": 1024}
+    small = {"QUERIES": 4, "ROWS": {0: 32}, "DEPTH": 32, "RUN": 4, "CAPACITY": 128, "FLUSH": 1024, "GROUP": 2}
     for name, value in small.items():
         monkeypatch.setattr(fused, name, value)
     # 20 ms a pair otherwise; test_squared_distances_are_numpys_bit_for_bit says that it makes no difference.
@@ -123,6 +123,13 @@ def _with_k(bank):
     return queries, K, exclude
 
 
+@pytest.mark.parametrize("name", ["plain", "near ties", "one column", "wide"])
+def test_without_triton_small_pieces_do_as_well(no_triton, monkeypatch, name):
+    monkeypatch.setattr(on_device, "BYTES", 1 << 17)
+    bank = hard_inputs()[name]
+    check(bank, bank[:20], K, np.arange(20))
+
+
 @pytest.mark.parametrize("name", hard_inputs())
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_without_triton_all_is_done_in_float64(no_triton, name, leave_out):
@@ -146,6 +153,34 @@ def test_tiles_that_no_query_needs_are_left_out(kernels, monkeypatch, kind):
         costs.append(cost)
     assert costs[1].visits < costs[0].visits
     assert costs[1].pairs < costs[0].pairs
+
+
+@pytest.mark.parametrize("narrow", [1, 64])
+def test_many_small_pieces_do_as_well(kernels, monkeypatch, narrow):
+    """All that is done in steps takes several: rounds over the tiles, queries of a round, groups, lists, rows."""
+    steps = {"BUFFER": 1, "BYTES": 1 << 11, "GROWTH": 2, "SEEN_FIRST": 1, "OF_A_CELL": 300 if HAS_GPU else 50}
+    for name, value in {**steps, "NARROW": narrow}.items():
+        monkeypatch.setattr(on_device, name, value)
+    monkeypatch.setattr(fused, "STEP", 8)
+    bank = np.round(clustered(6000 if HAS_GPU else 160, 20) * 2) / 2
+    queries, exclude = asked_of(bank, 10)
+    rounds = []
+    screen = fused.screen
+    monkeypatch.setattr(fused, "screen", lambda q, *about, **how: rounds.append(q) or screen(q, *about, **how))
+    check(bank, queries, 2, exclude)
+    assert len(rounds) >= 3 * len({q.limit.data_ptr() for q in rounds}) >= 6
+
+
+@pytest.mark.parametrize("way", ["kernels", "no_triton"])
+@pytest.mark.parametrize("width", [20, 70])
+def test_queries_may_be_finer_than_the_bank(request, way, width):
+    """In float32 they would be other points: the bank is far from the origin, and small."""
+    request.getfixturevalue(way)
+    random = np.random.default_rng(11)
+    bank = (1e6 + random.integers(-2, 3, (100, width)) / 16).astype(np.float32)
+    queries = bank[:12] + random.uniform(-0.03, 0.03, (12, width))
+    assert (brute_force(bank, queries, K) != brute_force(bank, queries.astype(np.float32), K)).any()
+    check(bank, queries, K)
 
 
 def test_a_bank_that_does_not_fit_is_searched_in_tiles(kernels, monkeypatch):
@@ -450,13 +485,28 @@ def listed(q, made, order):
     return has
 
 
-@pytest.mark.parametrize("kind", ["float16", "float32"])
-@pytest.mark.parametrize("name", ["plain", "offset by 1e4", "saturated softmax", "unequal clusters", "near ties"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("in a plane", "float32"),
+        ("in a plane", "float16"),
+        *((name, "float16") for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters")),
+        *((name, "float32") for name in ("plain", "unequal clusters", "near ties")),
+    ],
+)
 def test_no_row_within_the_limit_is_left_out(kernels, monkeypatch, name, kind):
-    """With the true distance of a row as the limit of a query, that row and all nearer ones are in its list."""
+    """With the true distance of a row as the limit of a query, that row and all nearer ones are in its list.
+
+    In a plane many queries lie near the border of a cell, and their neighbours beyond it.
+    """
     monkeypatch.setattr(on_device, "NARROW", 1 if kind == "float16" else 64)
-    bank = few(hard_inputs()[name])
-    queries = bank[:12] if kind == "float16" else np.nextafter(bank[:12], np.float32(9))
+    in_plane = name == "in a plane"
+    if in_plane:
+        monkeypatch.setattr(on_device, "OF_A_CELL", 20)
+        bank = np.random.default_rng(12).uniform(0, 1, (2000 if HAS_GPU else 300, 2)).astype(np.float32)
+    else:
+        bank = few(hard_inputs()[name])
+    queries = bank[: 40 if in_plane else 12]
     tile = DeviceBank(tensor(bank), DEVICE)._whole
     differences = queries[:, None].astype(np.longdouble) - bank
     true = np.square(differences * tile._scale).sum(axis=2).astype(np.float64)

@@ -210,7 +210,9 @@ class Tile:
 
     def nearest(self, queries: torch.Tensor, k: int, own: torch.Tensor) -> tuple[torch.Tensor, Cost]:
         """The k nearest rows of queries [Q, D], int64 [Q, k]; own int64 [Q]: the row not to have, -1 for none."""
-        if self._made is None or k > LONGEST_K or not len(queries):
+        # The kernel for narrow rows takes values as they are, in float32.
+        finer = self._narrow and queries.dtype == torch.float64
+        if self._made is None or finer or k > LONGEST_K or not len(queries):
             return self._in_float64(queries, k, own), _settled(0, 0, len(queries))
         q, order, (n_sure, n_rows), n_pairs = self._screened(queries, k, own)
         lost = (order >= 0) & ((q.counts < 0) | (n_rows > MOST_ROWS[-1]))
