@@ -23,7 +23,7 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 K = 5
-EXAMPLES = 60 if HAS_GPU else 10  # in the interpreter a second each
+EXAMPLES = 60 if HAS_GPU else 6  # in the interpreter a second each
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def kernels(monkeypatch):
         monkeypatch.setattr(on_device, name, value)
     if HAS_GPU:
         return
-    small = {"QUERIES": 4, "ROWS": {0: 32}, "DEPTH": 32, "RUN": 4, "CAPACITY": 128, "FLUSH": 1024, "GROUP": 2}
+    small = {"QUERIES": 4, "ROWS": {0: (32, 4)}, "DEPTH": 32, "RUN": 4, "CAPACITY": 128, "FLUSH": 1024, "GROUP": 2}
     for name, value in small.items():
         monkeypatch.setattr(fused, name, value)
     # 20 ms a pair otherwise; test_squared_distances_are_numpys_bit_for_bit says that it makes no difference.
@@ -213,7 +213,7 @@ def test_tiles_may_have_as_few_rows_as_neighbours_are_asked_for(kernels, monkeyp
 
 
 def test_queries_go_through_tiles_in_parts(no_triton, monkeypatch):
-    monkeypatch.setattr(on_device, "_free", lambda *_: 0)
+    monkeypatch.setattr(on_device, "free_memory", lambda *_: 0)
     random = np.random.default_rng(2)
     bank = random.integers(0, 3, (300, 6)).astype(np.float32)
     queries = random.integers(0, 3, (2500, 6)).astype(np.float32)
