@@ -4,7 +4,8 @@ python benchmarks/gpu.py OUT.json [--only SECTION,SECTION] [--cifar10 FOLDER] [-
 
 checks    neighbours of hard inputs against float64 brute force
 rates     all pairs at k = 30, in turns: the search with and without pruning, torch's matrix product of the same rows in
-          bfloat16 (the machine's limit), torch mm + topk in bfloat16 (not exact) and float32, faiss GPU Flat where it is
+          bfloat16 (the machine's limit), torch mm + topk in bfloat16 (not exact) and float32, faiss GPU Flat where it
+          is
 layer     one layer of 1.33M x 1.28M rows of 2,048 values
 member    a full-width ResNet18 trained on CIFAR-10 (the Parquet files of FOLDER): its votes at all probes against the
           search on the CPU and against float64, then from a checkpoint to a table of depths

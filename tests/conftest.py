@@ -1,5 +1,12 @@
 """What several rooms' tests share."""
 
+import os
+
+import torch
+
+# Without a GPU Triton's interpreter runs the kernels of the search. Triton reads this when it is first imported.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 import json
 import signal
 import socket
@@ -17,8 +24,6 @@ from tiny import STUDIED, TINY, WATCHED
 @pytest.fixture(scope="module")
 def one_thread():
     """For networks that are too small for two."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import leadline
-from leadline import LeadlineError
+from leadline import LeadlineError, one_model
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,47 @@ def test_the_model_is_left_as_it_was(digits):
     first = leadline.prediction_depth(with_dropout, bank, queries)
     assert with_dropout.training
     assert first.equals(leadline.prediction_depth(with_dropout.eval(), bank, queries))
+
+
+@pytest.mark.parametrize(("held_out", "reduction"), [(True, "none"), (False, "pca:8")])
+def test_groups_of_probes_give_what_all_give_at_once(digits, monkeypatch, held_out, reduction):
+    model, bank, queries = digits
+    queries = queries if held_out else None
+    at_once = leadline.prediction_depth(model, bank, queries, reduction=reduction)
+    n_points = len(bank) + (len(queries) if held_out else 0)
+    widths = [64, 32, 24, 10] if reduction == "none" else [64, 8, 8, 10]
+    groups = []
+    real = one_model._groups
+    monkeypatch.setattr(one_model, "_groups", lambda *about: groups.append(real(*about)) or groups[-1])
+    for room, expected in {
+        0: [[0], [1], [2], [3]],
+        4 * n_points * (widths[1] + widths[2]): [[0], [1, 2], [3]],
+        4 * n_points * sum(widths): [[0, 1, 2, 3]],
+    }.items():
+        monkeypatch.setattr(one_model, "_room", lambda _, room=room: room)
+        assert leadline.prediction_depth(model, bank, queries, reduction=reduction).equals(at_once, check_metadata=True)
+        assert groups.pop() == expected
+
+
+def test_bfloat16_changes_the_forward_pass_by_its_rounding(digits):
+    model, bank, queries = digits
+    exact = leadline.prediction_depth(model, bank, queries)
+    rounded = leadline.prediction_depth(model, bank, queries, precision="bfloat16")
+    assert exact.schema.metadata[b"precision"] == b"float32"
+    assert rounded.schema.metadata[b"precision"] == b"bfloat16"
+    confidences = [table["confidence"].to_numpy() for table in (exact, rounded)]
+    assert 1e-4 < np.abs(confidences[0] - confidences[1]).max() < 0.1
+    votes = [np.array(table["winner"].to_pylist()) for table in (exact, rounded)]
+    np.testing.assert_array_equal(votes[0][:, 0], votes[1][:, 0])  # the input is not rounded
+    assert (votes[0] == votes[1]).mean() > 0.97
+    depths = [table["depth"].to_numpy() for table in (exact, rounded)]
+    assert (depths[0] == depths[1]).mean() > 0.9
+
+
+def test_an_unknown_precision_is_named(digits):
+    with pytest.raises(LeadlineError, match="precision: 'x'; allowed: float32, bfloat16") as error:
+        leadline.prediction_depth(digits[0], digits[1], precision="x")
+    assert "\n" not in str(error.value)
 
 
 class Items:

@@ -81,24 +81,15 @@ def prediction_depth(
     sets = [_Points(bank, "bank", device)] + ([_Points(queries, "queries", device)] if queries is not None else [])
     exclude = np.arange(len(bank)) if queries is None else None
     votes: list[Votes] = []
-    for group in _groups(placed, sum(len(points) for points in sets), device):
+    for group in _groups(placed, sum(len(points) for points in sets), _room(device)):
         embedded = [forward.embed(points, placed, reducers, group) for points in sets]
         bank_labels, (labels, outputs) = sets[0].labels, (sets[-1].labels, embedded[-1][1])
         for _ in group:
             # Each probe's embeddings are gone before the next one's search.
             rows, asked = embedded[0][0].pop(0), embedded[-1][0].pop(0) if queries is not None else None
-            votes.append(
-                knn_votes(
-                    rows,
-                    bank_labels,
-                    rows if asked is None else asked,
-                    k=k,
-                    exclude=exclude,
-                    method=method,
-                    device=device,
-                )
-            )
-            del rows, asked
+            points = rows if asked is None else asked
+            votes.append(knn_votes(rows, bank_labels, points, k=k, exclude=exclude, method=method, device=device))
+            del rows, asked, points
     depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), outputs["prediction"])
     columns = {
         "point_id": pa.array(np.arange(len(labels))),
@@ -168,9 +159,13 @@ class _Forward:
         return kept, {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
 
 
-def _groups(probes: Sequence[Probe], n_points: int, device: torch.device) -> list[list[int]]:
-    """Indexes of probes whose embeddings of all points are kept together; in main memory all of them are."""
-    room = EMBEDDED * free_memory(device) if device.type == "cuda" else math.inf
+def _room(device: torch.device) -> float:
+    """Bytes for the embeddings that are kept together; in main memory all of them are."""
+    return EMBEDDED * free_memory(device) if device.type == "cuda" else math.inf
+
+
+def _groups(probes: Sequence[Probe], n_points: int, room: float) -> list[list[int]]:
+    """Indexes of probes whose embeddings of all points are kept together; at least one, whatever the room."""
     groups: list[list[int]] = []
     left = 0.0
     for probe in probes:

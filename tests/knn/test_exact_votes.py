@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import leadline
 from leadline import LeadlineError
-from leadline.knn import Bank, count_votes, exact, kernels, on_device, product, screen
+from leadline.knn import Bank, count_votes, exact, kernels, product, screen
 from leadline.knn.arrays import Shards
 from leadline.knn.distance import squared_distance
 
@@ -34,12 +34,7 @@ WAYS = {
     "cells in int16": {"SAMPLE": 64, "WORTH": 2, "precisions": lambda: [torch.int16, torch.float32]},
     "plain, in int8": {"SAMPLE": 64, "WIDTHS": (), "WORTH": 0, "precisions": lambda: [torch.int8]},
     "in tiles": {},
-    "in torch": {},
-    "in torch, cells": {"SAMPLE": 64, "WORTH": 2},
-    "in torch, projected": {"SAMPLE": 64, "WIDTHS": (2, 5), "SCREENED": 1, "MEASURED": 0, "OF_A_VALUE": 0, "NARROW": 4},
-    "in torch, in tiles": {"SAMPLE": 64, "WORTH": 2},
 }  # fmt: skip
-TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS = {
     torch.float32: True,
     torch.int16: product.HAS_INT16,
@@ -48,8 +43,7 @@ HAS = {
 }
 
 
-# Tiles in torch are small here, and their many small steps slow on a processor.
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if "in tiles" in name else name for name in WAYS])
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Each of the ways that a search can go, whatever the size of the bank and the processor; `search` follows it."""
     for kind, has in (("int8", product.HAS_INT8), ("int16", product.HAS_INT16)):
@@ -60,17 +54,11 @@ def way(request, monkeypatch):
     if request.param != "as it comes":
         # Measured in the rows' own precision first, whatever their width.
         monkeypatch.setattr(exact, "NARROW", 1)
-    device = "cpu"
-    if "in torch" in request.param:
-        monkeypatch.setattr(exact, "COMPILED", ())
-        device = TORCH_DEVICE
     if "in tiles" not in request.param:
-        return lambda bank, queries, k, exclude=None: Bank(bank, device).search(queries, k, exclude)
+        return lambda bank, queries, k, exclude=None: Bank(bank).search(queries, k, exclude)
     monkeypatch.setattr(kernels, "BLOCK", 48)
-    for name, value in {"QUERIES": 13, "ROWS": 40, "BYTES": 1 << 12}.items():
-        monkeypatch.setattr(on_device, name, value)
     return lambda bank, queries, k, exclude=None: Bank(
-        Shards([bank[: len(bank) // 3], bank[len(bank) // 3 :]]), device, memory_budget=1
+        Shards([bank[: len(bank) // 3], bank[len(bank) // 3 :]]), memory_budget=1
     ).search(queries, k, exclude)
 
 
@@ -425,45 +413,6 @@ def test_rounding_that_lies_along_the_query_is_counted_in_full(dtype, offsets, l
         assert bits(masks)[0, j], place
 
 
-def test_no_pair_within_the_limit_is_left_out_in_torch(monkeypatch):
-    monkeypatch.setattr(on_device, "decide", lambda *_: screen.Plan(None, True, torch.bfloat16))
-    monkeypatch.setattr(on_device, "cells_of", lambda _: 3)
-    device = torch.device(TORCH_DEVICE)
-    left_out = tried = 0
-    for name in BOUNDED:
-        bank = hard_inputs()[name]
-        ready = Bank(bank)
-        there = on_device.prepare(bank, ready._centre, ready._scale, device)
-        for c in range(3):
-            part = slice(there.first[c], there.first[c + 1])
-            rows = there.order[part].cpu().numpy()
-            placed = (bank.astype(np.longdouble) - there.centres[c].cpu().numpy()) * ready._scale
-            for query in range(0, 60, 7):
-                packed, alpha, lost = on_device._rounded(there.bank[query : query + 1], there.centres[c], there.unit)
-                true = np.sqrt(np.square(placed[rows] - placed[query]).sum(axis=1)).astype(np.float64)
-                for share in (1, 0.99):
-                    limits = torch.from_numpy(share * true * (1 + 1e-15)).to(device)
-                    thresholds = there.thresholds(c, alpha, lost, limits)
-                    # The query once for each row, with the limit that is that row's distance.
-                    i, j = on_device.reached(
-                        packed.expand(len(rows), -1), there.values[part], there.bias[part], thresholds
-                    )
-                    n = int((i == j).sum())
-                    if share == 1:
-                        assert n == len(rows), (name, query)
-                    else:
-                        tried += len(rows)
-                        left_out += len(rows) - n
-    assert left_out > 0.1 * tried
-
-
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 128, 129, 300, 784, 5000])
-def test_torch_adds_up_squares_as_numpy_does(width):
-    squares = np.random.default_rng(width).standard_normal((20, width)) ** 2
-    found = on_device._pairwise(torch.from_numpy(squares).to(TORCH_DEVICE)).cpu().numpy()
-    np.testing.assert_array_equal(found, [row.sum() for row in squares])
-
-
 @pytest.mark.parametrize("dtype", HAS)
 def test_rounding_takes_away_no_more_than_it_says(dtype):
     kind = screen.PACKED[dtype][0]
@@ -703,7 +652,7 @@ def test_a_processor_with_avx2_alone_gives_the_same_answers():
         pytest.skip("this processor has no AVX-512: that its own way is right is tested by all the others")
     features = "+avx2,+fma,+avx,+sse4.2,+sse4.1,+ssse3,+sse3,+sse2,+popcnt,+bmi,+bmi2,+lzcnt,+f16c,-avx512f"
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "not torch", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-m", "not slow"]
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-3000:]
     assert "passed" in again.stdout

@@ -227,7 +227,7 @@ def survey(rows: Rows, step: int) -> tuple[Array, float]:
     return centre, float(longest)
 
 
-def refuse_other_width(bank: Rows, queries: Rows) -> None:
+def refuse_other_width(bank: Rows | torch.Tensor, queries: Rows | torch.Tensor) -> None:
     """Raise LeadlineError where queries [Q, D] are not as wide as the bank."""
     if queries.shape[1] != bank.shape[1]:
         raise LeadlineError(

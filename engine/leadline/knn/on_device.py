@@ -24,13 +24,11 @@ from leadline.knn.exact import (
     SURVEYED,
     Bank,
     Cost,
-    error_of,
     refuse_non_finite,
     refuse_other_width,
     refuse_too_few,
-    scale_of,
 )
-from leadline.knn.screen import NARROW, kmeans
+from leadline.knn.screen import NARROW, error_of, kmeans, scale_of
 from leadline.knn.threads import full_precision
 
 try:
@@ -158,7 +156,9 @@ class DeviceBank:
             yield self._whole
             return
         starts = range(0, self._rows.shape[0], self._step)
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream = None
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         def bring(first: int) -> torch.Tensor:
             with torch.cuda.stream(stream):
@@ -210,7 +210,9 @@ class Tile:
 
     def nearest(self, queries: torch.Tensor, k: int, own: torch.Tensor) -> tuple[torch.Tensor, Cost]:
         """The k nearest rows of queries [Q, D], int64 [Q, k]; own int64 [Q]: the row not to have, -1 for none."""
-        if self._made is None or k > LONGEST_K or not len(queries):
+        # The kernel for narrow rows takes values as they are, in float32.
+        finer = self._narrow and queries.dtype == torch.float64
+        if self._made is None or finer or k > LONGEST_K or not len(queries):
             return self._in_float64(queries, k, own), _settled(0, 0, len(queries))
         q, order, (n_sure, n_rows), n_pairs = self._screened(queries, k, own)
         lost = (order >= 0) & ((q.counts < 0) | (n_rows > MOST_ROWS[-1]))
@@ -227,15 +229,16 @@ class Tile:
         """Squared distances of queries[i] and rows[j] as `distance.squared_distance` has them, float64 [n]."""
         starts, sizes, last, tail = _leaves(queries.shape[1])
         leaves = torch.tensor([starts, sizes], dtype=torch.int32, device=queries.device)
+        tree = (leaves[0], leaves[1], last, tail)
         kernels = _has_kernels(self.rows)
         found = torch.empty(len(i), dtype=torch.float64, device=queries.device)
         step = max(1, BYTES // (len(starts) if kernels else 24 * queries.shape[1] + 1024))
         for first in range(0, len(i), step):
             part = slice(first, first + step)
             if kernels:
-                sums = fused.measure(queries, self.rows, i[part], j[part], *leaves, last, tail)
+                sums = fused.measure(queries, self.rows, i[part], j[part], *tree)
             else:
-                sums = _measured(queries[i[part]], self.rows[j[part]], *leaves, last, tail)
+                sums = _measured(queries[i[part]], self.rows[j[part]], *tree)
             while sums.shape[1] > 1:
                 sums = sums[:, 0::2] + sums[:, 1::2]
             found[part] = sums[:, 0]

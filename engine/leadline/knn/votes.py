@@ -10,9 +10,9 @@ import torch
 from leadline.errors import LeadlineError
 from leadline.html import html_table
 from leadline.knn.arrays import Array, Shards
-from leadline.knn.exact import MEMORY, refuse_other_width
+from leadline.knn.exact import MEMORY, Bank, refuse_other_width
 from leadline.knn.indexes import Index, build_index, usable_method
-from leadline.knn.on_device import Bank, DeviceBank, bank_on
+from leadline.knn.on_device import DeviceBank, bank_on
 from leadline.knn.rank import by_distance
 
 COUNTED = 64 << 20  # bytes of counts that are made together
@@ -181,7 +181,10 @@ def _matrix(values: Any, name: str, device: str | torch.device) -> Any:
         if values.ndim < 2 or values.is_complex():
             raise LeadlineError(f"{name}: {values.dtype} of {values.ndim} dimensions; give real [points, values]")
         values = values.detach().flatten(1).to(device)
-        return values.contiguous() if values.dtype in (torch.float32, torch.float64) else values.float()
+        if values.dtype not in (torch.float32, torch.float64):
+            # As `_array` does, so that the values are the same.
+            values = values.to(torch.float32 if values.itemsize <= 2 else torch.float64)
+        return values.contiguous()
     if isinstance(values, (list, tuple)) and values and all(isinstance(value, np.ndarray) for value in values):
         shards = [_array(value, f"{name}[{i}]") for i, value in enumerate(values) if value.ndim > 1]
         if len(shards) == len(values):
