@@ -76,9 +76,9 @@ GPUS = {
     "h100": Gpu(989e12, 67e12, 3.35e12, 80e9, 24, 256 * 2**30, 3.84e12, "p5.48xlarge"),
     "h200": Gpu(989e12, 67e12, 4.8e12, 141e9, 24, 256 * 2**30, 3.84e12, "p5en.48xlarge"),
 }
-# What is assumed of them, none of it measured but what a search takes (OF_BFLOAT16, PAIR, results/gpu-h100.json): shares
-# of those limits, bytes/s to and from the host and of a disk for each GPU, seconds until workers are there, and bytes
-# of a worker that has done nothing yet.
+# What is assumed of them: shares of those limits, bytes/s to and from the host and of a disk for each GPU, seconds until
+# workers are there, and bytes of a worker that has done nothing yet. Of these only what a search takes is measured
+# (OF_BFLOAT16, PAIR: benchmarks/results/gpu-h100.json).
 OF_BFLOAT16, OF_TRAINING, OF_FLOAT32, OF_BANDWIDTH = 0.6, 0.3, 0.5, 0.7
 COPIED, STORED = 20e9, 1.5e9
 START = 60.0
@@ -229,7 +229,7 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
             f"reached by embedding, of its {gpu.bfloat16 / 1e12:g} in bfloat16 {OF_TRAINING:.0%} by training",
             f"of these a search reaches {OF_BFLOAT16:.0%}, and a pair takes as long again as {PAIR} bytes at "
             f"{OF_BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:g} TB/s",
-            "searches on GPUs as measured on one H100 (benchmarks/results/gpu-h100.json), with no pair left out: an upper bound",
+            "searches as measured on one H100 (results/gpu-h100.json), with no pair left out: an upper bound",
             f"not measured: {COPIED / 1e9:g} GB/s between host and GPU, {STORED / 1e9:g} GB/s of scratch a worker, "
             f"{START:g} s until workers are there, {WORKER / 2**30:g} GiB a worker that has done nothing yet, "
             f"{FILE * 1000:g} ms for a small file, 1 µs for a vote's way into the tables",

@@ -122,8 +122,8 @@ def knn_votes(
 
     method: "exact", or how approximate neighbours are found, as NAME or NAME:KEY=NUMBER,KEY=NUMBER: flat, ivf-flat,
     ivf-pq, hnsw, hnsw-sq8 (faiss), hnswlib, and on a GPU gpu-flat, gpu-ivf-flat, gpu-ivf-pq, cagra (faiss), with the
-    parameters and defaults of docs/decisions/0006-indexes.md. Each votes with k rows; only their choice is approximate. `device` and
-    `winners_only` then change nothing in the search, and the index is in memory beside `memory_budget`.
+    parameters and defaults of docs/decisions/0006-indexes.md. Each votes with k rows; only their choice is approximate.
+    `device` and `winners_only` then change nothing in the search, and the index is in memory beside `memory_budget`.
 
     Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, fewer than k bank
     rows to choose from, and a method that is not known or whose package or GPU is missing.
