@@ -76,8 +76,8 @@ GPUS = {
     "h100": Gpu(989e12, 67e12, 3.35e12, 80e9, 24, 256 * 2**30, 3.84e12, "p5.48xlarge"),
     "h200": Gpu(989e12, 67e12, 4.8e12, 141e9, 24, 256 * 2**30, 3.84e12, "p5en.48xlarge"),
 }
-# What is assumed of them: shares of those limits, bytes/s to and from the host and of a disk for each GPU, seconds until
-# workers are there, and bytes of a worker that has done nothing yet. Only what a search takes is measured (OF_BFLOAT16,
+# What is assumed of them: shares of those limits, bytes/s to and from the host and of a disk for each GPU, seconds
+# until workers are there, and bytes of a worker that has done nothing yet. Only a search is measured (OF_BFLOAT16,
 # PAIR: benchmarks/results/gpu-h100.json).
 OF_BFLOAT16, OF_TRAINING, OF_FLOAT32, OF_BANDWIDTH = 0.6, 0.3, 0.5, 0.7
 COPIED, STORED = 20e9, 1.5e9
