@@ -206,7 +206,7 @@ def member(folder: Path) -> dict[str, Any]:
     inputs, labels, n_train = cifar10(folder)
     model = build("resnet18", {"width": 64}, inputs.shape[1:], 10, seed=0)
     recipe = SimpleNamespace(
-        steps=1200, batch=128, learning_rate=0.04, milestones=(900,), decay=0.2, momentum=0.9, precision="bfloat16"
+        steps=300, batch=128, learning_rate=0.04, milestones=(220,), decay=0.2, momentum=0.9, precision="bfloat16"
     )
     points = SimpleNamespace(labels=labels.numpy(), input_shape=inputs.shape[1:], read=lambda ids: inputs[ids].numpy())
     started = time.perf_counter()

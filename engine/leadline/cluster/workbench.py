@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from leadline.members.probes import Probe
 from leadline.members.splits import training_ids
 from leadline.members.weights import load_weights, weights_fingerprint
 from leadline.points import open_points
+from leadline.points.ahead import read_ahead
 from leadline.store import RunDirectory
 from leadline.store.files import digest, fetched, read_json
 
@@ -58,6 +59,15 @@ class Workbench:
     def inputs(self, ids: Array) -> torch.Tensor:
         """Inputs of points on the device, float32 [B, ...]."""
         return torch.from_numpy(self.points.read(ids)).to(self.device)
+
+    def batches(self, first: int, stop: int) -> Iterator[tuple[Array, torch.Tensor]]:
+        """Points in the batches of a forward pass: ids, and inputs on the device, for which a GPU does not wait."""
+        size = self.config.engine.batch_size
+        batches = (np.arange(start, min(start + size, stop)) for start in range(first, stop, size))
+        if self.device.type == "cuda":
+            yield from read_ahead(self.points, batches, self.device, self.config.engine.threads)
+        else:
+            yield from ((ids, self.inputs(ids)) for ids in batches)
 
     def training_ids(self, member: Member) -> Array:
         """Ids of the points of a member's bank, ascending."""

@@ -108,7 +108,7 @@ def embed(bench: Workbench, members: Sequence[Member], shard: int) -> int:
 
     The input, the same for all members of the run, is kept with the first of them that comes by.
     """
-    directory, batch_size = bench.directory, bench.config.engine.batch_size
+    directory = bench.directory
     networks = [bench.network(member) for member in members]
     first, stop = bench.shards[shard]
     outputs = [np.empty(stop - first, OUTPUTS) for _ in members]
@@ -125,9 +125,8 @@ def embed(bench: Workbench, members: Sequence[Member], shard: int) -> int:
             [rows_of(member.name, probe) for probe in probes[1:]]
             for member, (_, probes, _) in zip(members, networks, strict=True)
         ]
-        for start in range(first, stop, batch_size):
-            ids = np.arange(start, min(start + batch_size, stop))
-            inputs = bench.inputs(ids)
+        for ids, inputs in bench.batches(first, stop):
+            start = int(ids[0])
             rows = slice(start - first, start - first + len(ids))
             for member, network, write_each, out in zip(members, networks, writes, outputs, strict=True):
                 model, probes, reducers = network
