@@ -8,14 +8,16 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/leadline run digits
 
-# Searches are tested on all cores; runs take all cores themselves, one after another.
+# What makes no run is tested on all cores; runs take all cores themselves, one after another.
+WITHOUT_RUNS := tests/knn tests/points tests/members tests/depth tests/test_one_model.py tests/test_doctor.py
+
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n auto tests/knn
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/knn
+	$(BIN)/python -m pytest -m "not slow" -n auto $(WITHOUT_RUNS)
+	$(BIN)/python -m pytest -m "not slow" $(WITHOUT_RUNS:%=--ignore %)
 
 test-all: check
-	$(BIN)/python -m pytest -n auto tests/knn
-	$(BIN)/python -m pytest --ignore tests/knn
+	$(BIN)/python -m pytest -n auto $(WITHOUT_RUNS)
+	$(BIN)/python -m pytest $(WITHOUT_RUNS:%=--ignore %)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -646,6 +646,7 @@ def test_the_size_of_a_bank_is_what_is_allocated_for_it():
     assert Bank(Shards([rows]), memory_budget=1 << 20).size_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_processor_with_avx2_alone_gives_the_same_answers():
     """The tests of this file again, compiled as for a processor of 2013."""
     if product.VECTORS == 1:
