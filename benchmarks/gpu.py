@@ -34,6 +34,7 @@ import typer
 from PIL import Image
 
 from leadline import machine, one_model, prediction_depth
+from leadline.embedding import in_place
 from leadline.errors import one_line
 from leadline.knn import Bank, count_votes, on_device
 from leadline.knn.on_device import DeviceBank
@@ -231,7 +232,7 @@ def _from_checkpoint(
     torch.cuda.reset_peak_memory_stats()
     with (
         _counted(one_model, "_read", parts, "decode and copy"),
-        _counted(one_model, "embed_resident", parts, "forward"),
+        _counted(in_place, "embed_resident", parts, "forward"),
         _counted(one_model, "knn_votes", parts, "search"),
         _counted(pq, "write_table", parts, "write"),
     ):
@@ -266,10 +267,11 @@ def _against_cpu(model: torch.nn.Module, inputs: torch.Tensor, labels: Any) -> l
     points = one_model._Points(some, "bank", DEVICE)
     placed = one_model.place_probes(model, "auto", inputs[:1].to(DEVICE))
     placed = one_model.choose_reductions("none", placed)
-    forward = one_model._Forward(model, "float32", 256, DEVICE)
     exclude = np.arange(n_queries)
     for probe in placed:
-        embedded = forward.embed(points, placed, one_model.make_reducers(placed, {}), [probe.index])[0][0]
+        batches = points.batches(256)
+        reducers = one_model.make_reducers(placed, {})
+        (embedded,), _ = in_place.embed_in_place(model, placed, reducers, [probe.index], batches, n_bank, "bank")
         asked = embedded[:n_queries].clone()
         on_gpu, _ = DeviceBank(embedded, DEVICE).search(asked, K, exclude)
         on_cpu, _ = Bank(embedded.cpu().numpy()).search(asked.cpu().numpy(), K, exclude)

@@ -76,3 +76,15 @@ def test_what_is_refused_of_checkpoints(entries, words):
     for word in words:
         assert word in str(caught.value), caught.value
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "flat"}, {"reduction": {"hidden.0": "jl:8"}}, {"votes": "until-decided"},
+        {"engine": {"placement": "device", "keep_indexes": True}},
+    ],
+)  # fmt: skip
+def test_what_needs_embeddings_again_is_refused_where_none_are_kept(change):
+    with pytest.raises(LeadlineError, match=r"engine\.placement: device keeps no embeddings"):
+        load_config({**TINY, "engine": {"placement": "device"}, **change})

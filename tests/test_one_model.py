@@ -90,8 +90,8 @@ def test_groups_of_probes_give_what_all_give_at_once(digits, monkeypatch, held_o
     n_points = len(bank) + (len(queries) if held_out else 0)
     widths = [64, 32, 24, 10] if reduction == "none" else [64, 8, 8, 10]
     groups = []
-    real = one_model._groups
-    monkeypatch.setattr(one_model, "_groups", lambda *about: groups.append(real(*about)) or groups[-1])
+    real = one_model.probe_groups
+    monkeypatch.setattr(one_model, "probe_groups", lambda *about: groups.append(real(*about)) or groups[-1])
     for room, expected in {
         0: [[0], [1], [2], [3]],
         4 * n_points * (widths[1] + widths[2]): [[0], [1, 2], [3]],

@@ -245,11 +245,12 @@ class Engine(Section):
     scratch: Path | None = Field(
         default=None, description="folder for embeddings; by default memory where they fit, else disk"
     )
-    placement: Literal["auto", "shared", "node", "resident"] = Field(
+    placement: Literal["auto", "shared", "node", "resident", "device"] = Field(
         default="auto",
         description="where embeddings lie: shared, in a folder that all workers see; node, on the disk of the node "
-        "that made them; resident, with the worker that made them; auto: shared on one machine, elsewhere resident "
-        "where a group of members fits memory_budget, else node",
+        "that made them; resident, with the worker that made them; device, in its GPU and nowhere else, a member at a "
+        "time (for exact votes at full width alone); auto: shared on one machine, elsewhere resident where a group of "
+        "members fits memory_budget, else node",
     )
     keep_indexes: bool = Field(
         default=False, description="keep banks and indexes in the run, for the depths of new points"
@@ -329,6 +330,16 @@ class RunConfig(Section):
     def _auto_with_target(self) -> Self:
         if ("auto" in self.methods) != (self.audit.depth_agreement is not None):
             raise ValueError("method auto and audit.depth_agreement, which it must keep, go together")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_to_keep(self) -> Self:
+        plain = self.methods == {"exact"} and self.reduction == "none" and self.votes == "all"
+        if self.engine.placement == "device" and (not plain or self.engine.keep_indexes):
+            raise ValueError(
+                "engine.placement: device keeps no embeddings, so all votes are exact and at full width; leave out "
+                "method, reduction, votes and engine.keep_indexes, or choose another placement"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,25 +9,24 @@ import pyarrow as pa
 import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import Outputs, embed_resident, fit_directions
+from leadline.embedding import fit_directions
+from leadline.embedding.in_place import embed_in_place, probe_groups
 from leadline.embedding.reductions import (
     Choice,
-    Reducer,
     check_patterns,
     checked_choice,
     choose_reductions,
     make_reducers,
-    stored_width,
 )
 from leadline.errors import LeadlineError
 from leadline.knn import Votes, knn_votes, usable_method
 from leadline.knn.on_device import free_memory
-from leadline.members.probes import Probe, place_probes
-from leadline.store.schemas import OUTPUT_FIELDS, vote_columns
+from leadline.members.probes import place_probes
+from leadline.store.schemas import vote_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FIT_BYTES = 4 << 30  # that a fit of principal directions may take
-EMBEDDED, DECODED = 0.4, 0.1  # shares of a GPU's free memory for embeddings, and for inputs that are read again
+EMBEDDED, DECODED = 0.3, 0.1  # shares of a GPU's free memory for embeddings, and for inputs that are read again
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -77,12 +75,16 @@ def prediction_depth(
     )  # fmt: skip
     reducers = make_reducers(placed, directions)
     device = torch.device(device)
-    forward = _Forward(model, precision, batch_size, device)
     sets = [_Points(bank, "bank", device)] + ([_Points(queries, "queries", device)] if queries is not None else [])
     exclude = np.arange(len(bank)) if queries is None else None
     votes: list[Votes] = []
-    for group in _groups(placed, sum(len(points) for points in sets), _room(device)):
-        embedded = [forward.embed(points, placed, reducers, group) for points in sets]
+    for group in probe_groups(placed, sum(len(points) for points in sets), _room(device)):
+        embedded = [
+            embed_in_place(
+                model, placed, reducers, group, points.batches(batch_size), len(points), points.name, precision
+            )
+            for points in sets
+        ]
         bank_labels, (labels, outputs) = sets[0].labels, (sets[-1].labels, embedded[-1][1])
         for _ in group:
             # Each probe's embeddings are gone before the next one's search.
@@ -131,51 +133,9 @@ class _Points:
             yield first, inputs
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """How points go through a model."""
-
-    model: torch.nn.Module
-    precision: str
-    batch_size: int
-    device: torch.device
-
-    def embed(
-        self, points: _Points, probes: Sequence[Probe], reducers: Sequence[Reducer], group: Sequence[int]
-    ) -> tuple[list[torch.Tensor], dict[str, Array]]:
-        """Embeddings of a data set at the probes of a group, float32 [N, stored width] each, and its outputs [N]."""
-        # The input and the softmax belong to every forward pass.
-        passed = [probe for probe in probes if probe.index in group or probe.place is None]
-        wanted = [i for i, probe in enumerate(passed) if probe.index in group]
-        kept = [torch.empty((len(points), stored_width(passed[i])), device=self.device) for i in wanted]
-        parts: list[Outputs] = []
-        for first, inputs in points.batches(self.batch_size):
-            some, outputs = embed_resident(
-                self.model, passed, inputs, first, points.name, [reducers[p.index] for p in passed], self.precision
-            )
-            for rows, i in zip(kept, wanted, strict=True):
-                rows[first : first + len(inputs)] = some[i]
-            parts.append(outputs)
-        return kept, {field: np.concatenate([getattr(part, field) for part in parts]) for field in OUTPUT_FIELDS}
-
-
 def _room(device: torch.device) -> float:
     """Bytes for the embeddings that are kept together; in main memory all of them are."""
     return EMBEDDED * free_memory(device) if device.type == "cuda" else math.inf
-
-
-def _groups(probes: Sequence[Probe], n_points: int, room: float) -> list[list[int]]:
-    """Indexes of probes whose embeddings of all points are kept together; at least one, whatever the room."""
-    groups: list[list[int]] = []
-    left = 0.0
-    for probe in probes:
-        needed = 4 * n_points * stored_width(probe)
-        if not groups or needed > left:
-            groups.append([])
-            left = room
-        groups[-1].append(probe.index)
-        left -= needed
-    return groups
 
 
 def _read(points: Any, ids: Array, name: str, device: Any) -> tuple[torch.Tensor, list[int]]:

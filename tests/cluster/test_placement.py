@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ray.cluster_utils import Cluster
 from tiny import TINY, tables_of
 
 import leadline
+from leadline.knn import Cost
 from leadline.report.status import status_of
 from leadline.store import RunDirectory
 from leadline.store.verify import verify
@@ -43,6 +45,39 @@ def test_placements_give_the_same_tables(tiny_run, tmp_path, cluster, placement)
     assert verify(run.directory) == []
     # Embeddings are gone, wherever they were.
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+
+
+def test_members_made_whole_have_the_same_tables(tiny_run, tmp_path, cluster):
+    scratch = tmp_path / "scratch"
+    # So little memory that some probes go through the network alone.
+    config = placed("device", scratch, memory_budget=8_000_000)
+    run = leadline.run(config, tmp_path / "run", address=cluster.address)
+    found, expected = tables_of(run.directory.root), tables_of(tiny_run.directory.root)
+    # What a search did depends on what it was asked together.
+    costs = [*(field.name for field in fields(Cost)), "plan"]
+    probes, others = (tables.pop("probes.parquet").drop_columns(costs) for tables in (found, expected))
+    assert probes == others
+    assert found == expected
+    assert verify(run.directory) == []
+    assert not [path for path in scratch.rglob("*") if path.is_file()]
+    assert leadline.run(config, tmp_path / "run", address=cluster.address).manifest["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_members_made_whole_outlive_their_workers(tiny_run, tmp_path, cluster):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(placed("device", tmp_path / "scratch")))
+    command = [LEADLINE, "run", str(config), "--out", str(run), "--address", cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        while len(list(run.glob("units/vote/*/*.json"))) < 5 and driver.poll() is None:
+            time.sleep(0.002)
+        cluster.remove_node(cluster.workers[0], allow_graceful=False)
+        _, log = driver.communicate(timeout=200)
+        assert driver.returncode == 0, log
+    found, expected = tables_of(run), tables_of(tiny_run.directory.root)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in found if name != "probes.parquet")
+    assert verify(RunDirectory(run)) == []
 
 
 @pytest.mark.slow

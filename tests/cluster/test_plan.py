@@ -213,6 +213,13 @@ def test_the_end_comes_when_the_slowest_worker_is_done():
     assert alone.seconds < plan.seconds - 0.9 * one
 
 
+def test_members_made_whole_are_not_planned():
+    config = load_config({**TINY, "engine": {**TINY["engine"], "placement": "device"}})
+    graph = graph_of(config, open_points(config.points))
+    with pytest.raises(LeadlineError, match="placement: device cannot be planned yet; plan with resident"):
+        plan_of(graph, {}, None, None)
+
+
 @pytest.mark.parametrize("placement", ["shared", "node", "resident", "auto"])
 def test_more_nodes_are_never_slower(placement):
     entry = {**TINY["members"][0], "count": 20}

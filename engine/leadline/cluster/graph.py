@@ -36,7 +36,7 @@ from leadline.store.files import read_json
 # Stages in the order in which they are told, and what their work is counted in; some runs have only some of them.
 STAGES = {
     "train": "steps", "embed": "points", "trial": "points", "index": "rows", "keep": "rows", "share": "points",
-    "part": "points", "vote": "votes", "audit": "points", "reduce": "points",
+    "part": "points", "vote": "votes", "whole": "votes", "audit": "points", "reduce": "points",
     "free": "members",
 }  # fmt: skip
 
@@ -85,6 +85,9 @@ class Graph:
         total = Counter({"train": len(members)})
         if self.train_only:
             return total
+        if self.whole:
+            total.update(whole=len(members), reduce=len(members), free=len(members))
+            return total
         total.update(embed=self.shards, reduce=len(members), free=len(members))
         for member in members:
             probes = self.probes[member.architecture]
@@ -99,12 +102,16 @@ class Graph:
 
     def embedding_bytes(self, members: Sequence[Member]) -> int:
         """Of a group of members, with the input, which is kept once for all."""
+        if self.whole:
+            return 0
         probes = [self.input_probe, *(probe for m in members for probe in self.probes[m.architecture][1:])]
         return 4 * self.points * sum(stored_width(probe) for probe in probes)
 
     def placement(self, largest: int, is_local: bool) -> str:
         """Where embeddings lie. largest: bytes of a group's; is_local: on one machine, without a cluster."""
         engine = self.config.engine
+        if self.whole:
+            return "resident"  # what little a member leaves is joined by the worker that made it
         if engine.placement != "auto":
             return engine.placement
         return "shared" if is_local else "resident" if largest <= engine.memory_budget else "node"
@@ -115,11 +122,15 @@ class Graph:
         waiting = [m for m in members if not directory.record("reduce", m.name).exists()]
         if self.train_only or not waiting:
             return made
-        made += self._embed(group, waiting, directory)
-        made += self._share(group, waiting, directory)
+        if not self.whole:
+            made += self._embed(group, waiting, directory)
+            made += self._share(group, waiting, directory)
         for member in waiting:
-            made += self._beside(group, member, directory)
-            made += self._vote(group, member, directory)
+            if self.whole:
+                made.append(_unit(group, "whole", (member,), (("trained", member.name),), (("voted", member.name),)))
+            else:
+                made += self._beside(group, member, directory)
+                made += self._vote(group, member, directory)
             # What all members share is counted at the first of them.
             shared = (("shared",),) if member == self.members[0] else ()
             needs = (("voted", member.name), ("audited", member.name), *shared)
@@ -202,6 +213,11 @@ class Graph:
                 yield from _parts(group, (member,), cut, block, tuple(needs), directory, there)
                 needs.append(("parts", member.name, p, block))
                 yield _unit(group, "vote", (member, p, block), tuple(needs), tuple(made), bank)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a worker makes all votes of a member at once, from embeddings that stay in its device."""
+        return self.config.engine.placement == "device"
 
     def shares(self, members: Sequence[Member]) -> bool:
         """Whether what all members share is found with this group of them: with the first one's."""

@@ -22,6 +22,7 @@ from leadline.config import Learning, Training
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
+from leadline.errors import LeadlineError
 from leadline.knn.choice import candidates
 from leadline.knn.exact import SPARE, cut, fits_memory
 from leadline.members.probes import Probe
@@ -137,6 +138,8 @@ class Plan:
 def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rates: Rates) -> Plan:
     """Plan a run on a cluster by what one of its workers does in a second."""
     engine, members = graph.config.engine, graph.members
+    if graph.whole:
+        raise LeadlineError("engine.placement: device cannot be planned yet; plan with resident, which takes longer")
     groups = [members[first:stop] for first, stop in blocks(len(members), engine.group_size)]
     largest = max(graph.embedding_bytes(group) for group in groups)
     placement = graph.placement(largest, cluster.is_local)

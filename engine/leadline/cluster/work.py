@@ -59,11 +59,13 @@ def list_members(config: RunConfig) -> list[Member]:
 def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:
     """The common bank of a run's members (see `common_bank`); parts: [N], the points'.
 
-    It does not pay where the input is not searched exactly: what members take from it would not be their own.
+    It does not pay where the input is not searched exactly: what members take from it would not be their own; nor
+    where members are made whole, each by one worker.
     """
     splits = (training_ids(member.config.split, parts, member.seed) for member in list_members(config))
     common = common_bank(splits, len(parts), config.k, config.leave_one_out)
-    return replace(common, pays=common.pays and config.method_of("input") in ("exact", "auto"))
+    own = config.method_of("input") in ("exact", "auto") and config.engine.placement != "device"
+    return replace(common, pays=common.pays and own)
 
 
 def has_choice(config: RunConfig, common: CommonBank, probe: Probe) -> bool:

@@ -10,8 +10,9 @@ from leadline.cluster.units.embedding import embed, train
 from leadline.cluster.units.methods import audit, index, keep, trial
 from leadline.cluster.units.reducing import free, reduce
 from leadline.cluster.units.searching import part, share, vote
+from leadline.cluster.units.whole import whole
 
 UNITS: dict[str, Callable[..., int]] = {  # by stage
     "train": train, "embed": embed, "trial": trial, "index": index, "keep": keep, "share": share, "part": part,
-    "vote": vote, "audit": audit, "reduce": reduce, "free": free,
+    "vote": vote, "whole": whole, "audit": audit, "reduce": reduce, "free": free,
 }  # fmt: skip
