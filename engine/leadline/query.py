@@ -238,7 +238,8 @@ class Run:
             raise self._missing(name)
         member = pa.schema([("member", pa.string())])
         path, filesystem = for_arrow(self.directory.table(name))
-        parts = ds.partitioning(member, flavor="hive")
+        # Of a file for each member, in a folder of its name; the other tables are one file and have no such column.
+        parts = None if path.endswith(".parquet") else ds.partitioning(member, flavor="hive")
         try:
             return ds.dataset(path, schema, format="parquet", filesystem=filesystem, partitioning=parts)
         except (OSError, pa.ArrowException) as error:

@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 
 import leadline
 from leadline import LeadlineError
+from leadline.report.explorer.data import Explorer, Page, Selection
 from leadline.stored_member import StoredMember, stored_points
 from leadline.study.kinds import kinds, thresholds
 
@@ -510,3 +511,16 @@ def test_two_architectures_have_their_own_members_and_planes(watched_run, explor
         status, _, body = client.ask("/neighbours", point_id=0, member="mlp-0", probe=1)
         assert status == 400 and b"engine.keep_indexes: true" in body
         assert leadline.open(watched_run.directory.root).manifest == watched_run.manifest
+
+
+def test_a_run_in_a_bucket_is_explored_alike(s3, bucket, explored_run):
+    root = explored_run.directory.root
+    for path in (path for path in root.rglob("*") if path.suffix in (".parquet", ".json")):
+        s3.upload_file(str(path), bucket, f"run/{path.relative_to(root)}")
+    there, here = Explorer(leadline.open(f"s3://{bucket}/run")), Explorer(explored_run)
+    assert there.about == here.about
+    selection = {"architecture": "mlp", "member": "mlp-1", "probe": 2, "vote": "disagrees"}
+    assert there.plane(Selection(**selection)) == here.plane(Selection(**selection))
+    page = Page(**selection, limit=20)
+    assert there.points(page) == here.points(page) and here.points(page)["total"] > 0
+    assert there.point(7, "mlp") == here.point(7, "mlp")
