@@ -80,7 +80,7 @@ class DeviceBank:
     """
 
     def __init__(self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None) -> None:
-        self._device = torch.device(device)
+        self._device = torch.empty(0, device=device).device  # "cuda" is not equal to "cuda:0", where its tensors lie
         self._rows, self._memory = rows, free_memory(self._device) if memory is None else memory
         n_bank, width = rows.shape
         # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
