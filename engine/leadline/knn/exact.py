@@ -32,9 +32,9 @@ class Cost:
 
     pairs: of a query and a row that were screened; measured: of them, in full width; flops: floating-point operations
     of both and of the centres' distances and projections; full_flops: of the products of all pairs, 2 Q M D; visits: of
-    a query to a cell, of `cells` possible ones; certified: queries whose neighbours the measured distances settled
-    alone; reranked: queries with open rows, which float64 settled; fell_through: queries searched again with all
-    distances in float64.
+    a query to a cell, of `cells` possible ones, or on a GPU of a tile of queries to one of rows; certified: queries
+    whose neighbours the measured distances settled alone; reranked: queries with open rows, which float64 settled;
+    fell_through: queries searched again with all distances in float64.
     """
 
     pairs: int
