@@ -157,7 +157,7 @@ def _rates_of(rows: torch.Tensor) -> dict[str, Any]:
     product, ours = medians["matrix product in bfloat16"], medians["leadline, without pruning"]
     others = {name: took for name, took in medians.items() if name.startswith(("torch", "faiss"))}
     ready = DeviceBank(rows, DEVICE)
-    _, _, cost = ready.nearest(rows, K, np.arange(n))
+    _, cost = ready.nearest(rows, K, np.arange(n))
     truth = _agreement(rows, rows, np.arange(n), ready, 64)
     return {
         "medians": medians, "each": seconds, "tflops_of_product": 2 * n * n * rows.shape[1] / product / 1e12,
@@ -185,7 +185,7 @@ def layer() -> dict[str, Any]:
         ready = DeviceBank(rows[:n_bank], DEVICE)
         torch.cuda.synchronize()
         made = time.perf_counter()
-        nearest, _, cost = ready.nearest(rows, K, exclude)
+        nearest, cost = ready.nearest(rows, K, exclude)
         count_votes(labels[nearest])
         torch.cuda.synchronize()
         done = time.perf_counter()

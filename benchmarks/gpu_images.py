@@ -7,7 +7,6 @@ brought to 224 x 224, and run through torchvision's ResNet50 with random weights
 """
 
 import io
-import json
 import os
 import platform
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from turns import in_turns
+from turns import in_turns, need_cuda, print_figures, wait_for
 
 from leadline.embedding.extract import float32_products
 from leadline.errors import one_line
@@ -340,16 +339,5 @@ def timed(do: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def need_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise RuntimeError("only on a CUDA device")
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 if __name__ == "__main__":
-    there = torch.cuda.is_available()
-    print(json.dumps(measure("cuda" if there else "cpu", quick=not there), indent=1))
+    print_figures(measure)

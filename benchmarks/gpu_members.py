@@ -8,7 +8,6 @@ the rate. `agreement` says how far the weights that a way trains, and the losses
 another: relative to how far training moved them, or to the loss.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from turns import in_turns
+from turns import in_turns, need_cuda, print_figures, wait_for
 
 from leadline.embedding.extract import float32_products
 from leadline.errors import one_line
@@ -267,16 +266,5 @@ def stream_for(device: torch.device, beside: bool) -> Callable[[], AbstractConte
     return lambda: torch.cuda.stream(stream)
 
 
-def need_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise RuntimeError("only on a CUDA device")
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 if __name__ == "__main__":
-    there = torch.cuda.is_available()
-    print(json.dumps(measure("cuda" if there else "cpu", quick=not there), indent=1))
+    print_figures(measure)

@@ -1,9 +1,12 @@
 """Several ways to do the same thing, measured in turns on a machine that is there for minutes."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from leadline.errors import one_line
 
@@ -42,3 +45,19 @@ def in_turns(
         if row["each"]:
             row["median"] = statistics.median(row["each"])
     return found
+
+
+def need_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RuntimeError("only on a CUDA device")
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_figures(measure: Callable[..., dict[str, Any]]) -> None:
+    """As JSON: of a CUDA device where there is one, else the quick ones of the CPU."""
+    there = torch.cuda.is_available()
+    print(json.dumps(measure("cuda" if there else "cpu", quick=not there), indent=1))

@@ -23,7 +23,7 @@ from tiny import STUDIED, TINY, WATCHED
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For networks that are too small for two."""
+    """For networks, or searches, that are too small for two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

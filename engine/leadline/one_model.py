@@ -10,7 +10,7 @@ import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import fit_directions
-from leadline.embedding.in_place import embed_in_place, probe_groups
+from leadline.embedding.in_place import EMBEDDED, embed_in_place, probe_groups
 from leadline.embedding.reductions import (
     Choice,
     check_patterns,
@@ -26,7 +26,7 @@ from leadline.store.schemas import vote_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FIT_BYTES = 4 << 30  # that a fit of principal directions may take
-EMBEDDED, DECODED = 0.3, 0.1  # shares of a GPU's free memory for embeddings, and for inputs that are read again
+DECODED = 0.1  # of a GPU's free memory, for inputs that are read again
 PRECISIONS = ("float32", "bfloat16")
 
 

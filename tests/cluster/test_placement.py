@@ -35,6 +35,20 @@ def placed(placement, scratch, **engine):
     return {**TINY, "engine": engine}
 
 
+def run_that_loses_a_node(placement, folder, cluster):
+    """The directory and the log of a run, one of whose nodes is lost in the midst of voting."""
+    config, run = folder / "tiny.yaml", folder / "run"
+    config.write_text(yaml.safe_dump(placed(placement, folder / "scratch")))
+    command = [LEADLINE, "run", str(config), "--out", str(run), "--address", cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        while len(list(run.glob("units/vote/*/*.json"))) < 5 and driver.poll() is None:
+            time.sleep(0.002)
+        cluster.remove_node(cluster.workers[0], allow_graceful=False)
+        _, log = driver.communicate(timeout=200)
+        assert driver.returncode == 0, log
+    return run, log
+
+
 SLOW = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("node", "shared")]
 
 
@@ -65,15 +79,7 @@ def test_members_made_whole_have_the_same_tables(tiny_run, tmp_path, cluster):
 
 @pytest.mark.slow
 def test_members_made_whole_outlive_their_workers(tiny_run, tmp_path, cluster):
-    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(placed("device", tmp_path / "scratch")))
-    command = [LEADLINE, "run", str(config), "--out", str(run), "--address", cluster.address]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
-        while len(list(run.glob("units/vote/*/*.json"))) < 5 and driver.poll() is None:
-            time.sleep(0.002)
-        cluster.remove_node(cluster.workers[0], allow_graceful=False)
-        _, log = driver.communicate(timeout=200)
-        assert driver.returncode == 0, log
+    run, _ = run_that_loses_a_node("device", tmp_path, cluster)
     found, expected = tables_of(run), tables_of(tiny_run.directory.root)
     assert found.keys() == expected.keys()
     assert all(found[name] == expected[name] for name in found if name != "probes.parquet")
@@ -83,15 +89,7 @@ def test_members_made_whole_outlive_their_workers(tiny_run, tmp_path, cluster):
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["resident", "node"])
 def test_what_is_lost_with_a_node_is_made_again(tiny_run, tmp_path, cluster, placement):
-    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(placed(placement, tmp_path / "scratch")))
-    command = [LEADLINE, "run", str(config), "--out", str(run), "--address", cluster.address]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
-        while len(list(run.glob("units/vote/*/*.json"))) < 5 and driver.poll() is None:
-            time.sleep(0.002)
-        cluster.remove_node(cluster.workers[0], allow_graceful=False)
-        _, log = driver.communicate(timeout=200)
-        assert driver.returncode == 0, log
+    run, log = run_that_loses_a_node(placement, tmp_path, cluster)
     assert "are lost with their place: made again" in log
     # What was made again was not planned; all is done in the end.
     for name, stage in status_of(RunDirectory(run))["stages"].items():

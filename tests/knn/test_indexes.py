@@ -28,13 +28,7 @@ HERE = [*FAISS, pytest.param("hnswlib", marks=needs_hnswlib)]
 POOR = ["ivf-flat:nlist=64,nprobe=1", "ivf-pq:nlist=64,nprobe=1,m=2,bits=2,rerank=1", "hnsw:m=2,ef=1,efc=1"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So little work is slower with several, above all where other tests run beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(n=600, width=12, seed=0, dtype=np.float32):

@@ -26,13 +26,7 @@ K = 5
 EXAMPLES = 60 if HAS_GPU else 6  # in the interpreter a second each
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So little work is slower with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -236,8 +230,8 @@ def test_queries_go_through_tiles_in_parts(no_triton, monkeypatch):
 def test_neighbours_come_with_their_distances(no_triton, whole):
     bank = np.random.default_rng(3).integers(0, 3, (200, 9)).astype(np.float32)
     ready = DeviceBank(tensor(bank) if whole else bank, DEVICE, memory=1 << 30 if whole else 24 * bank.size // 3)
-    rows, squares, _ = ready.nearest(tensor(bank[:50]), 7, np.arange(50), with_squares=True)
-    rows, squares = rows.cpu().numpy(), squares.cpu().numpy()
+    found, _ = ready.nearest(tensor(bank[:50]), 7, np.arange(50))
+    rows, squares = ready.by_distance(tensor(bank[:50]), found.cpu().numpy())
     np.testing.assert_array_equal(np.sort(rows, axis=1), brute_force(bank, bank[:50], 7, np.arange(50)))
     np.testing.assert_array_equal(squares, np.square(bank[:50, None] - bank[rows].astype(np.float64)).sum(axis=2))
 

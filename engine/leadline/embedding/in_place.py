@@ -11,6 +11,8 @@ from leadline.embedding.outputs import Array, Outputs
 from leadline.embedding.reductions import Reducer, stored_width
 from leadline.members.probes import Probe
 
+EMBEDDED = 0.3  # of the memory that there is, for embeddings that are kept together: their search takes of the rest
+
 
 def probe_groups(probes: Sequence[Probe], n_points: int, room: float) -> list[list[int]]:
     """Indexes of probes whose embeddings of so many points are kept together, in order; room: bytes for them.

@@ -51,7 +51,6 @@ FAR = 1e20  # squared length of a query whose products may overflow: it is searc
 SLACK = 2.0**-48  # of float64 arithmetic on rows at most 1 long
 UP = 1 + 2.0**-20  # makes a float32 no less than the float64 that it is made of
 KEPT = 0.8  # share of the device's free memory that a search takes
-Found = tuple[torch.Tensor, torch.Tensor, Cost]  # rows int64 [Q, k] in any order, their float64 squared distances
 
 
 def bank_on(
@@ -99,7 +98,7 @@ class DeviceBank:
         self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None, winners_of: Array | None = None
     ) -> tuple[Array, Cost]:
         """As `exact.Bank.search`: int64 [Q, k], ascending in each query, and the Cost; `winners_of` saves nothing."""
-        rows, _, cost = self.nearest(queries, k, exclude)
+        rows, cost = self.nearest(queries, k, exclude)
         return rows.sort(dim=1).values.cpu().numpy(), cost
 
     def by_distance(self, queries: Rows | torch.Tensor, rows: Array) -> tuple[Array, Array]:
@@ -115,40 +114,34 @@ class DeviceBank:
         ordered, squares = _in_order(found, squares)
         return ordered.cpu().numpy(), squares.cpu().numpy()
 
-    def nearest(
-        self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None, with_squares: bool = False
-    ) -> Found:
-        """The k nearest rows of each query on the device, int64 [Q, k], in no order; what `search` says of them holds.
-
-        Their squared distances float64 [Q, k] are those that decide where they are asked for, else nothing.
-        """
+    def nearest(self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None) -> tuple[torch.Tensor, Cost]:
+        """The k nearest rows of each query, int64 [Q, k] on the device, in no order; else as `search`."""
         n_bank, n_queries = self._rows.shape[0], queries.shape[0]
         refuse_other_width(self._rows, queries)
         refuse_too_few(n_bank, k, exclude)
         own = torch.from_numpy(np.full(n_queries, -1) if exclude is None else exclude).to(self._device)
         rows = torch.empty((n_queries, k), dtype=torch.int64, device=self._device)
-        squares = torch.full((n_queries, k), inf, dtype=torch.float64, device=self._device)
+        # What tiles before have found, where there are several.
+        squares = None if self._whole else torch.full(rows.shape, inf, dtype=torch.float64, device=self._device)
         cost = NOTHING + Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
         with full_precision():
             for tile in self._tiles():
                 for part in self._parts(queries):
                     asked = _on(queries, part, self._device)
-                    _refuse_non_finite(asked, part.start, "query")
+                    if tile.first == 0:
+                        _refuse_non_finite(asked, part.start, "query")
                     mine = own[part] - tile.first
                     mine[(mine < 0) | (mine >= len(tile.rows))] = -1
                     found, spent = tile.nearest(asked, min(k, len(tile.rows)), mine)
                     cost += spent
-                    if self._whole and not with_squares:
+                    if squares is None:
                         rows[part] = found
                         continue
                     every = torch.arange(len(asked), device=self._device).repeat_interleave(found.shape[1])
                     exact = tile.squares(asked, every, found.flatten()).view_as(found)
                     exact[found == mine[:, None]] = inf
-                    if self._whole:
-                        rows[part], squares[part] = found, exact
-                    else:
-                        rows[part], squares[part] = _merged((rows[part], found + tile.first), (squares[part], exact), k)
-        return rows, squares, cost
+                    rows[part], squares[part] = _merged((rows[part], found + tile.first), (squares[part], exact), k)
+        return rows, cost
 
     def _tiles(self, prepared: bool = True) -> Iterator["Tile"]:
         """The bank's tiles, the next of which is brought to the device while one is searched."""
@@ -509,10 +502,12 @@ def _on(rows: Rows | torch.Tensor, part: slice, device: torch.device, pinned: bo
 
 
 def _refuse_non_finite(rows: torch.Tensor, first: int, what: str) -> None:
+    """As `exact.refuse_non_finite`, looked for on the device."""
+    largest = LARGEST if rows.dtype == torch.float64 else inf
     step = max(1, BYTES // (8 * rows.shape[1]))
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        if not part.isfinite().all() or part.dtype == torch.float64:
+        if not (part.abs() < largest).all():
             refuse_non_finite(part.cpu().numpy(), first + start, what)
 
 

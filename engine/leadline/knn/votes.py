@@ -110,10 +110,10 @@ def knn_votes(
     flattened. exclude int64 [Q]: the bank row that a query must not count, -1 for none. Euclidean distance, ties of
     distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
     threads. device: "cpu", "cuda" or "cuda:N", where the search runs; by default where `bank` lies, and what lies there
-    is never copied to main memory. k may be several numbers: the search is made
-    once, for the largest, and the answer is a mapping of each k to its Votes. return_neighbours: the Votes carry the
-    neighbours and their distances. winners_only: of one k the winners alone, which need not say which of two rows at
-    nearly the same distance is the nearer: the counts and runners-up are then -1.
+    is never copied to main memory. k may be several numbers: the search is made once, for the largest, and the answer
+    is a mapping of each k to its Votes. return_neighbours: the Votes carry the neighbours and their distances.
+    winners_only: of one k the winners alone, which need not say which of two rows at nearly the same distance is the
+    nearer: the counts and runners-up are then -1.
 
     bank and queries may also be memory maps, or lists of arrays or memory maps that are read as one. memory_budget:
     bytes that the search may take beside arrays that lie in memory already; a bank that does not fit is read from its

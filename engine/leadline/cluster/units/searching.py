@@ -10,7 +10,7 @@ import numpy as np
 from leadline.cluster.common import own_neighbours
 from leadline.cluster.work import VOTES, Member, bank_parts, common_bank_parts, found_by_point, found_in_part
 from leadline.cluster.workbench import Workbench, places
-from leadline.knn import NOTHING, Cost, Index, count_votes, merged
+from leadline.knn import NOTHING, Cost, Index, Votes, count_votes, merged
 from leadline.knn.arrays import Array
 from leadline.store.files import read_array, read_json, write_array, write_json
 from leadline.store.places import Place
@@ -75,7 +75,7 @@ def vote(bench: Workbench, member: Member, probe: int, block: int) -> int:
     With `votes: until-decided`, the votes of the block at the next probe must be there; at the input, what the
     members share.
     """
-    started, directory = time.perf_counter(), bench.directory
+    started = time.perf_counter()
     bank, asked = _own_bank(bench, member, probe), _open_points(bench, [member], probe, block)
     if probe == 0 and bench.common.pays:
         neighbours, cost = _among_shared(bench, bank, block, asked)
@@ -86,13 +86,18 @@ def vote(bench: Workbench, member: Member, probe: int, block: int) -> int:
     if not bench.is_exact(member, probe):
         _keep_sampled(bench, member, probe, block, asked, neighbours)
     votes = count_votes(bench.points.labels[neighbours])
-    found = np.empty(len(asked), VOTES)
-    found["point_id"] = asked
+    write_votes(bench, member, probe, block, asked, votes)
+    _write_cost(bench.directory.votes_cost(member.name, probe, block), cost, started)
+    return len(asked)
+
+
+def write_votes(bench: Workbench, member: Member, probe: int, block: int, ids: Array, votes: Votes) -> None:
+    """Of the points `ids` of a block; the unit's record comes after them."""
+    found = np.empty(len(ids), VOTES)
+    found["point_id"] = ids
     for field in VOTE_FIELDS:
         found[field] = getattr(votes, field)
-    write_array(directory.votes_part(member.name, probe, block), found)
-    _write_cost(directory.votes_cost(member.name, probe, block), cost, started)
-    return len(asked)
+    write_array(bench.directory.votes_part(member.name, probe, block), found)
 
 
 def _write_cost(place: Place, cost: Spent, started: float) -> None:

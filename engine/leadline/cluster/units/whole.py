@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from leadline.cluster.work import OUTPUTS, VOTES, Member
+from leadline.cluster.units.searching import write_votes
+from leadline.cluster.work import OUTPUTS, Member
 from leadline.cluster.workbench import Workbench
-from leadline.embedding.in_place import embed_in_place, probe_groups
-from leadline.knn import NOTHING, Cost, Votes, count_votes
+from leadline.embedding.in_place import EMBEDDED, embed_in_place, probe_groups
+from leadline.knn import NOTHING, Cost, count_votes
 from leadline.knn.on_device import free_memory
 from leadline.store.files import write_array, write_json
-from leadline.store.schemas import OUTPUT_FIELDS, VOTE_FIELDS
-
-EMBEDDED = 0.3  # of what is free on a GPU, or of the memory budget, for embeddings that are kept together
+from leadline.store.schemas import OUTPUT_FIELDS
 
 
 def whole(bench: Workbench, member: Member) -> int:
@@ -34,8 +33,11 @@ def whole(bench: Workbench, member: Member) -> int:
             rows: Any = embedded if on_gpu else embedded.numpy()
             search = bench.bank(rows[ids])
             nearest, cost = search.search(rows, bench.config.k, own)
-            votes = count_votes(labels[nearest])
-            _write(bench, member, probe, votes, cost, search.plan, time.perf_counter() - started)
+            for block, edges in enumerate(bench.query_blocks):
+                asked = slice(*edges)
+                votes = count_votes(labels[nearest[asked]])
+                write_votes(bench, member, probe, block, np.arange(*edges), votes)
+            _write_costs(bench, member, probe, cost, search.plan, time.perf_counter() - started)
             del embedded, rows, search  # two probes are never made ready together
     for shard, (first, stop) in enumerate(bench.shards):
         out = np.empty(stop - first, OUTPUTS)
@@ -45,14 +47,8 @@ def whole(bench: Workbench, member: Member) -> int:
     return n * len(probes)
 
 
-def _write(bench: Workbench, member: Member, probe: int, votes: Votes, cost: Cost, plan: str, seconds: float) -> None:
-    """As the units of voting leave them, a block at a time; what they cost is with the first."""
-    for block, (first, stop) in enumerate(bench.query_blocks):
-        found = np.empty(stop - first, VOTES)
-        found["point_id"] = np.arange(first, stop)
-        for field in VOTE_FIELDS:
-            found[field] = getattr(votes, field)[first:stop]
-        write_array(bench.directory.votes_part(member.name, probe, block), found)
-        spent = asdict(cost if block == 0 else NOTHING)
-        about = {**spent, "plan": plan, "seconds": seconds if block == 0 else 0.0}
-        write_json(bench.directory.votes_cost(member.name, probe, block), about)
+def _write_costs(bench: Workbench, member: Member, probe: int, cost: Cost, plan: str, seconds: float) -> None:
+    """The records of units of voting: what all blocks cost together is with the first."""
+    for block in range(len(bench.query_blocks)):
+        spent = {**asdict(NOTHING if block else cost), "plan": plan, "seconds": 0.0 if block else seconds}
+        write_json(bench.directory.votes_cost(member.name, probe, block), spent)
