@@ -17,7 +17,7 @@ import torch
 from leadline import machine
 from leadline.depth import depth_from_votes
 from leadline.errors import LeadlineError
-from leadline.knn import MEMORY, Bank, DeviceBank, Index, bank_on, build_index, count_votes, parse_method, usable_method
+from leadline.knn import MEMORY, ExactBank, Index, bank_on, build_index, count_votes, parse_method, usable_method
 from leadline.knn.arrays import Array, Rows, Shards, copied
 from leadline.knn.audit import draw, interval, recall_at_k
 from leadline.knn.choice import candidates
@@ -77,7 +77,7 @@ def answer(method: str, question: Question, device: str) -> Answer:
     return Answer(neighbours, figures)
 
 
-def _ready(method: str, rows: Rows, device: str) -> Bank | DeviceBank | Index:
+def _ready(method: str, rows: Rows, device: str) -> ExactBank | Index:
     return bank_on(rows, device) if method == EXACT else build_index(method, rows)
 
 

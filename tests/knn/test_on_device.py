@@ -14,7 +14,7 @@ from test_exact_votes import brute_force, hard_inputs, slow_votes, stacked
 
 import leadline
 from leadline import LeadlineError
-from leadline.knn import Bank, DeviceBank, bank_on, count_votes, fused, on_device
+from leadline.knn import Bank, DeviceBank, count_votes, fused, on_device
 from leadline.knn.arrays import Shards
 from leadline.knn.distance import squared_distance
 from leadline.knn.fused import _error
@@ -345,12 +345,6 @@ def test_bad_input_is_named(bank, queries, k, words, memory):
     with pytest.raises(LeadlineError, match=words) as error:
         DeviceBank(bank, DEVICE, memory).search(queries, k)
     assert "\n" not in str(error.value)
-
-
-def test_a_device_without_a_search_is_named():
-    with pytest.raises(LeadlineError, match="device: meta"):
-        bank_on(np.zeros((4, 2)), "meta")
-    assert isinstance(bank_on(torch.zeros(4, 2), "cpu"), Bank)
 
 
 # The distance that decides

@@ -15,7 +15,7 @@ from leadline.embedding import EmbeddedRows
 from leadline.embedding.principal import load_directions
 from leadline.embedding.reductions import Reducer, choose_reductions, make_reducers
 from leadline.errors import LeadlineError
-from leadline.knn import Bank, DeviceBank, Index, bank_on, build_index, load_index, parse_method
+from leadline.knn import ExactBank, Index, bank_on, build_index, load_index, parse_method
 from leadline.knn.arrays import Array, Rows, Shards
 from leadline.knn.audit import draw
 from leadline.members.architectures import build
@@ -52,7 +52,7 @@ class Workbench:
         (self.input_probe,) = choose_reductions(config.reduction, [Probe(0, "input", math.prod(shape), None, shape)])
         self.sample, self.tried = draw(len(self.points), config.audit.sample, config.audit.seed)
         self._networks: dict[str, tuple[torch.nn.Module, list[Probe], list[Reducer]]] = {}
-        self._ready: tuple[tuple[str, int, int, int], Bank | DeviceBank | Index] | None = None
+        self._ready: tuple[tuple[str, int, int, int], ExactBank | Index] | None = None
 
     # Points and members
 
@@ -145,7 +145,7 @@ class Workbench:
 
     # Searches
 
-    def search_of(self, owner: str, probe: int, ids: Array) -> Bank | DeviceBank | Index:
+    def search_of(self, owner: str, probe: int, ids: Array) -> ExactBank | Index:
         """What the rows of these points are searched by: made ready once for blocks that come in turn.
 
         Raises LeadlineError for an index that is damaged.
@@ -166,7 +166,7 @@ class Workbench:
         if n_bytes > COLLECTED:
             gc.collect()  # a worker was once seen to hold the last one still; why is not known
 
-    def bank(self, rows: Rows) -> Bank | DeviceBank:
+    def bank(self, rows: Rows) -> ExactBank:
         """Rows made ready for exact search."""
         return bank_on(rows, self.device, self.config.engine.search_memory)
 

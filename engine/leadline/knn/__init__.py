@@ -3,7 +3,8 @@
 from leadline.knn.exact import MEMORY, NOTHING, Bank, Cost
 from leadline.knn.indexes import Index, build_index, load_index, usable_method
 from leadline.knn.methods import Method, parse_method
-from leadline.knn.on_device import DeviceBank, bank_on
+from leadline.knn.on_device import DeviceBank
+from leadline.knn.on_devices import ExactBank, SharedBank, bank_on
 from leadline.knn.rank import merged
 from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
@@ -13,9 +14,11 @@ __all__ = [
     "Bank",
     "Cost",
     "DeviceBank",
+    "ExactBank",
     "Index",
     "Method",
     "Neighbours",
+    "SharedBank",
     "Votes",
     "bank_on",
     "build_index",

@@ -53,6 +53,20 @@ class Shards:
         return out
 
 
+class Part:
+    """Some rows of others, `first` to `stop`, not read before they are asked for."""
+
+    def __init__(self, rows: Rows, first: int, stop: int) -> None:
+        self._rows, self._first = rows, first
+        self.shape: tuple[int, ...] = (stop - first, *rows.shape[1:])
+
+    def __getitem__(self, index: slice | Array, /) -> Array:
+        if not isinstance(index, slice):
+            return self._rows[self._first + index]
+        start, stop, step = index.indices(self.shape[0])
+        return self._rows[self._first + start : self._first + stop : step]
+
+
 def is_in_memory(rows: Rows) -> bool:
     """Whether rows lie in memory already, so that reading them takes no more."""
     return isinstance(rows, np.ndarray) and _file_of(rows) is None

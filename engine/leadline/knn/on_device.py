@@ -6,6 +6,7 @@ the proofs, are in docs/decisions/0014. Without Triton, and for what its kernels
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -14,7 +15,6 @@ from math import inf, isqrt
 import numpy as np
 import torch
 
-from leadline.errors import LeadlineError
 from leadline.knn.arrays import Array, Rows, copied
 from leadline.knn.exact import (
     LARGEST,
@@ -22,7 +22,6 @@ from leadline.knn.exact import (
     NOTHING,
     SCALES,
     SURVEYED,
-    Bank,
     Cost,
     refuse_non_finite,
     refuse_other_width,
@@ -36,7 +35,6 @@ try:
 except ImportError:
     fused = None  # type: ignore[assignment]
 
-DEVICES = ("cpu", "cuda")
 BYTES = 1 << 30  # of what is made of many rows at once
 SMALL = 2048  # rows of a bank below which all is done in float64
 OF_A_CELL = 2048  # rows, on average
@@ -53,40 +51,29 @@ UP = 1 + 2.0**-20  # makes a float32 no less than the float64 that it is made of
 KEPT = 0.8  # share of the device's free memory that a search takes
 
 
-def bank_on(
-    rows: Rows | torch.Tensor, device: str | torch.device = "cpu", memory_budget: int = MEMORY
-) -> "Bank | DeviceBank":
-    """Bank rows [M, D] made ready to be searched there; memory_budget: bytes of main memory, as of `exact.Bank`.
-
-    Raises LeadlineError for values that are not finite and for an unknown device.
-    """
-    kind = torch.device(device).type
-    if kind not in DEVICES:
-        raise LeadlineError(f"device: {device} has no search; allowed: {', '.join(DEVICES)}")
-    if kind == "cpu":
-        return Bank(rows.numpy() if isinstance(rows, torch.Tensor) else rows, memory_budget)
-    return DeviceBank(rows, device)
-
-
 class DeviceBank:
     """Bank rows made ready on a device for any number of searches; as `exact.Bank`.
 
     rows [M, D], real: a tensor on the device, which stays where it is, or anything that is read in slices. memory:
     bytes of the device that a search may take, by default most of what is free. A bank that does not fit is read a
-    tile at a time, by each search, through pinned memory, the next while one is searched.
+    tile at a time, by each search, through pinned memory, the next while one is searched. number: of the first row, as
+    errors tell it.
 
     Raises LeadlineError for values that are not finite.
     """
 
-    def __init__(self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None) -> None:
+    def __init__(
+        self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None, number: int = 0
+    ) -> None:
         self._device = torch.empty(0, device=device).device  # "cuda" is not equal to "cuda:0", where its tensors lie
         self._rows, self._memory = rows, free_memory(self._device) if memory is None else memory
         n_bank, width = rows.shape
-        # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
-        fits = (isinstance(rows, torch.Tensor) and rows.device == self._device) or 12 * n_bank * width <= self._memory
+        self._number = number
+        fits = holds(rows, self._device, self._memory)
         n_tiles = 1 if fits else -(-24 * n_bank * width // self._memory)
         self._step = max(1, -(-n_bank // n_tiles))
-        self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0) if fits else None
+        with _launching_on(self._device):
+            self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0, number) if fits else None
         self.plan = self._whole.plan if self._whole else f"{-(-n_bank // self._step)} tiles of {self._step} rows"
 
     @property
@@ -104,33 +91,44 @@ class DeviceBank:
     def by_distance(self, queries: Rows | torch.Tensor, rows: Array) -> tuple[Array, Array]:
         """As `exact.Bank.by_distance`."""
         found = torch.from_numpy(rows).to(self._device)
-        squares = torch.empty(rows.shape, dtype=torch.float64, device=self._device)
-        for tile in self._tiles(prepared=False):
-            inside = (found >= tile.first) & (found < tile.first + len(tile.rows))
-            for part in self._parts(queries):
-                which, place = inside[part].nonzero(as_tuple=True)
-                asked = _on(queries, part, self._device)
-                squares[part][which, place] = tile.squares(asked, which, found[part][which, place] - tile.first)
-        ordered, squares = _in_order(found, squares)
+        ordered, squares = _in_order(found, self._squares(queries, found))
         return ordered.cpu().numpy(), squares.cpu().numpy()
+
+    def squares(self, queries: Rows | torch.Tensor, rows: Array) -> Array:
+        """Squared distances of rows int64 [Q, n] from the queries, float64; of numbers that no row has: infinity."""
+        return self._squares(queries, torch.from_numpy(rows).to(self._device)).cpu().numpy()
 
     def nearest(self, queries: Rows | torch.Tensor, k: int, exclude: Array | None = None) -> tuple[torch.Tensor, Cost]:
         """The k nearest rows of each query, int64 [Q, k] on the device, in no order; else as `search`."""
-        n_bank, n_queries = self._rows.shape[0], queries.shape[0]
         refuse_other_width(self._rows, queries)
-        refuse_too_few(n_bank, k, exclude)
-        own = torch.from_numpy(np.full(n_queries, -1) if exclude is None else exclude).to(self._device)
+        refuse_too_few(self._rows.shape[0], k, exclude)
+        own = np.full(queries.shape[0], -1) if exclude is None else exclude
+        rows, _, cost = self.found(queries, k, own)
+        return rows, cost
+
+    def found(
+        self, queries: Rows | torch.Tensor, k: int, own: Array, measured: bool = False, number: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Cost]:
+        """The k nearest rows of each query, int64 [Q, k] on the device, where asked for their squared distances,
+        float64 [Q, k], and the cost.
+
+        own int64 [Q]: the row that a query must not have, -1 for none; where k rows are not left without it, there is
+        one infinitely far away. k: at most the rows that there are. number: of the first query, as errors tell it.
+        """
+        n_bank, n_queries = self._rows.shape[0], queries.shape[0]
+        out = torch.from_numpy(own).to(self._device)
         rows = torch.empty((n_queries, k), dtype=torch.int64, device=self._device)
-        # What tiles before have found, where there are several.
-        squares = None if self._whole else torch.full(rows.shape, inf, dtype=torch.float64, device=self._device)
+        squares = None
+        if measured or self._whole is None:
+            squares = torch.full(rows.shape, inf, dtype=torch.float64, device=self._device)
         cost = NOTHING + Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
-        with full_precision():
+        with full_precision(), _launching_on(self._device):
             for tile in self._tiles():
                 for part in self._parts(queries):
                     asked = _on(queries, part, self._device)
                     if tile.first == 0:
-                        _refuse_non_finite(asked, part.start, "query")
-                    mine = own[part] - tile.first
+                        _refuse_non_finite(asked, number + part.start, "query")
+                    mine = out[part] - tile.first
                     mine[(mine < 0) | (mine >= len(tile.rows))] = -1
                     found, spent = tile.nearest(asked, min(k, len(tile.rows)), mine)
                     cost += spent
@@ -140,8 +138,20 @@ class DeviceBank:
                     every = torch.arange(len(asked), device=self._device).repeat_interleave(found.shape[1])
                     exact = tile.squares(asked, every, found.flatten()).view_as(found)
                     exact[found == mine[:, None]] = inf
+                    # Beside what tiles before have found.
                     rows[part], squares[part] = _merged((rows[part], found + tile.first), (squares[part], exact), k)
-        return rows, cost
+        return rows, squares, cost
+
+    def _squares(self, queries: Rows | torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        squares = torch.full(found.shape, inf, dtype=torch.float64, device=self._device)
+        with _launching_on(self._device):
+            for tile in self._tiles(prepared=False):
+                inside = (found >= tile.first) & (found < tile.first + len(tile.rows))
+                for part in self._parts(queries):
+                    which, place = inside[part].nonzero(as_tuple=True)
+                    asked = _on(queries, part, self._device)
+                    squares[part][which, place] = tile.squares(asked, which, found[part][which, place] - tile.first)
+        return squares
 
     def _tiles(self, prepared: bool = True) -> Iterator["Tile"]:
         """The bank's tiles, the next of which is brought to the device while one is searched."""
@@ -166,7 +176,7 @@ class DeviceBank:
                     rows.record_stream(torch.cuda.current_stream(self._device))
                 if first + self._step < self._rows.shape[0]:
                     coming = ahead.submit(bring, first + self._step)
-                yield Tile(rows, first, prepared)
+                yield Tile(rows, first, self._number, prepared)
 
     def _parts(self, queries: Rows | torch.Tensor) -> Iterator[slice]:
         """Queries that go through a tile together."""
@@ -180,15 +190,16 @@ class DeviceBank:
 
 
 class Tile:
-    """Bank rows [M, D] on a device, the number of the first of them, and what their search is made ready with."""
+    """Bank rows [M, D] on a device, the place of the first of them in the bank, and what their search is made ready
+    with. number: as of DeviceBank."""
 
-    def __init__(self, rows: torch.Tensor, first: int, prepared: bool = True) -> None:
+    def __init__(self, rows: torch.Tensor, first: int, number: int = 0, prepared: bool = True) -> None:
         self.rows, self.first = rows.contiguous(), first
         self._made: fused.RowTiles | None = None
         self.plan = "float64"
         if not prepared:
             return
-        self._centre, longest = _survey(self.rows, first)
+        self._centre, longest = _survey(self.rows, number + first)
         self._scale = scale_of(longest)
         self._narrow = self.rows.shape[1] < NARROW
         if _has_kernels(self.rows) and len(rows) >= SMALL and 1 / SCALES < self._scale < SCALES:
@@ -482,6 +493,18 @@ def _has_kernels(rows: torch.Tensor) -> bool:
 def _n_cells(n_bank: int) -> int:
     """How many cells so many rows are cut into at most."""
     return max(1, min(isqrt(n_bank) // 2, n_bank // OF_A_CELL))
+
+
+def holds(rows: Rows | torch.Tensor, device: torch.device, memory: int) -> bool:
+    """Whether a bank is made ready there once and kept: it lies there already, or fits so many bytes with the rest."""
+    n_bank, width = rows.shape
+    # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
+    return (isinstance(rows, torch.Tensor) and rows.device == device) or 12 * n_bank * width <= memory
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def free_memory(device: torch.device, most: int | None = None) -> int:

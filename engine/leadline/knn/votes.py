@@ -10,9 +10,10 @@ import torch
 from leadline.errors import LeadlineError
 from leadline.html import html_table
 from leadline.knn.arrays import Array, Shards
-from leadline.knn.exact import MEMORY, Bank, refuse_other_width
+from leadline.knn.exact import MEMORY, refuse_other_width
 from leadline.knn.indexes import Index, build_index, usable_method
-from leadline.knn.on_device import DeviceBank, bank_on
+from leadline.knn.on_device import DeviceBank
+from leadline.knn.on_devices import Devices, ExactBank, bank_on, devices_of
 from leadline.knn.rank import by_distance
 
 COUNTED = 64 << 20  # bytes of counts that are made together
@@ -86,7 +87,7 @@ def count_votes(neighbour_labels: Array | torch.Tensor) -> Votes:
 @overload
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: int = 30, exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    device: Devices | None = None, return_neighbours: bool = False, winners_only: bool = False,
     memory_budget: int = MEMORY,
 ) -> Votes: ...  # fmt: skip
 
@@ -94,14 +95,14 @@ def knn_votes(
 @overload
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: Sequence[int], exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    device: Devices | None = None, return_neighbours: bool = False, winners_only: bool = False,
     memory_budget: int = MEMORY,
 ) -> dict[int, Votes]: ...  # fmt: skip
 
 
 def knn_votes(
     bank: Any, labels: Any, queries: Any, *, k: int | Sequence[int] = 30, exclude: Any = None, method: str = "exact",
-    device: str | torch.device | None = None, return_neighbours: bool = False, winners_only: bool = False,
+    device: Devices | None = None, return_neighbours: bool = False, winners_only: bool = False,
     memory_budget: int = MEMORY,
 ) -> Votes | dict[int, Votes]:  # fmt: skip
     """The vote of each query's k nearest bank rows, as float64 brute force over the given values would have it.
@@ -110,8 +111,9 @@ def knn_votes(
     flattened. exclude int64 [Q]: the bank row that a query must not count, -1 for none. Euclidean distance, ties of
     distance by lower bank row, ties of vote by lower class, so the answer depends on neither device nor tiling nor
     threads. device: "cpu", "cuda" or "cuda:N", where the search runs; by default where `bank` lies, and what lies there
-    is never copied to main memory. k may be several numbers: the search is made once, for the largest, and the answer
-    is a mapping of each k to its Votes. return_neighbours: the Votes carry the neighbours and their distances.
+    is never copied to main memory. Of a list of GPUs each answers some of the queries, or, where the bank does not fit
+    them, has some of the bank. k may be several numbers: the search is made once, for the largest, and the answer is a
+    mapping of each k to its Votes. return_neighbours: the Votes carry the neighbours and their distances.
     winners_only: of one k the winners alone, which need not say which of two rows at nearly the same distance is the
     nearer: the counts and runners-up are then -1.
 
@@ -126,12 +128,13 @@ def knn_votes(
     `device` and `winners_only` then change nothing in the search, and the index is in memory beside `memory_budget`.
 
     Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, fewer than k bank
-    rows to choose from, and a method that is not known or whose package or GPU is missing.
+    rows to choose from, devices that are not here, and a method that is not known or whose package or GPU is missing.
     """
     chosen = usable_method(method)
     if device is None:
         device = bank.device if isinstance(bank, torch.Tensor) else "cpu"
-    rows, asked = _matrix(bank, "bank", device), _matrix(queries, "queries", device)
+    first = devices_of(device)[0]
+    rows, asked = _matrix(bank, "bank", first), _matrix(queries, "queries", first)
     refuse_other_width(rows, asked)
     given = _integers(labels, "labels", rows.shape[0], "bank row")
     if len(given) and not 0 <= given.min() <= given.max() < 2**31:
@@ -144,7 +147,7 @@ def knn_votes(
     ks = [k] if isinstance(k, int) else list(k)
     if not ks or min(ks) < 1:
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
-    ready: Bank | DeviceBank | Index
+    ready: ExactBank | Index
     if chosen.name == "exact":
         ready = bank_on(rows, device, memory_budget)
     else:
@@ -160,7 +163,7 @@ def knn_votes(
         unknown = np.full_like(winner, -1)
         return Votes(winner, unknown, unknown, unknown)
     if isinstance(ready, DeviceBank) and not return_neighbours and isinstance(k, int):
-        return count_votes(torch.from_numpy(given).to(device)[ready.nearest(asked, k, out)[0]])
+        return count_votes(torch.from_numpy(given).to(first)[ready.nearest(asked, k, out)[0]])
     nearest, _ = ready.search(asked, max(ks), out)
     distances = None
     if return_neighbours or len(ks) > 1:
@@ -175,9 +178,9 @@ def knn_votes(
     return votes[k] if isinstance(k, int) else votes
 
 
-def _matrix(values: Any, name: str, device: str | torch.device) -> Any:
+def _matrix(values: Any, name: str, device: torch.device) -> Any:
     """Rows [N, D]: a tensor where they lie on the device, else what is read in slices."""
-    if isinstance(values, torch.Tensor) and values.is_cuda and torch.device(device).type == "cuda":
+    if isinstance(values, torch.Tensor) and values.is_cuda and device.type == "cuda":
         if values.ndim < 2 or values.is_complex():
             raise LeadlineError(f"{name}: {values.dtype} of {values.ndim} dimensions; give real [points, values]")
         values = values.detach().flatten(1).to(device)
