@@ -12,7 +12,11 @@ from ray.cluster_utils import Cluster
 from tiny import TINY, tables_of
 
 import leadline
+from leadline.cluster.graph import graph_of
+from leadline.cluster.schedule import Schedule
+from leadline.config import load_config
 from leadline.knn import Cost
+from leadline.points import open_points
 from leadline.report.status import status_of
 from leadline.store import RunDirectory
 from leadline.store.verify import verify
@@ -75,6 +79,19 @@ def test_members_made_whole_have_the_same_tables(tiny_run, tmp_path, cluster):
     assert verify(run.directory) == []
     assert not [path for path in scratch.rglob("*") if path.is_file()]
     assert leadline.run(config, tmp_path / "run", address=cluster.address).manifest["status"] == "complete"
+
+
+def test_any_worker_may_make_a_member_whole(tmp_path):
+    """A group of three would be at home with the worker that has its first unit."""
+    config = load_config(placed("device", tmp_path, group_size=3))
+    graph, schedule = graph_of(config, open_points(config.points)), Schedule(ahead=3)
+    for number, group in enumerate(graph.groups(graph.members)):
+        schedule.add(graph.units(number, group, RunDirectory(tmp_path)))
+    for _ in range(3):
+        schedule.done(schedule.take(place="one"))
+    first = schedule.take(place="one")
+    schedule.settle(first.group, "one")
+    assert (first.name, schedule.take(place="other").name) == ("whole mlp-0", "whole mlp-1")
 
 
 @pytest.mark.slow

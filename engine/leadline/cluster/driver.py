@@ -130,7 +130,7 @@ def _compute(
     engine = graph.config.engine
     reduced = [m for m in graph.members if directory.record("reduce", m.name).exists()]
     waiting = [m for m in graph.members if m not in reduced]
-    groups = [waiting[first:stop] for first, stop in blocks(len(waiting), engine.group_size)]
+    groups = graph.groups(waiting)
     stages = watch.stages
     totals = sum((graph.totals(group) for group in groups), Counter(train=len(reduced), reduce=len(reduced)))
     for stage, measure in STAGES.items():
@@ -156,7 +156,7 @@ def _compute(
 
 
 def _do(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], room: int | None, pool: Pool, watch: Watch,
+    graph: Graph, directory: RunDirectory, groups: list[Sequence[Member]], room: int | None, pool: Pool, watch: Watch,
     lease: Lease,
 ) -> list[Failure]:  # fmt: skip
     """Groups of members are taken in as far as their embeddings fit into `room` bytes of scratch, one at least.
@@ -226,7 +226,7 @@ def _told(failures: list[Failure]) -> str:
 
 @contextmanager
 def _scratch(
-    graph: Graph, directory: RunDirectory, groups: list[list[Member]], is_local: bool, stages: Stages, lease: Lease
+    graph: Graph, directory: RunDirectory, groups: list[Sequence[Member]], is_local: bool, stages: Stages, lease: Lease
 ) -> Iterator[tuple[RunDirectory, int | None, Scratch]]:
     """The run's directory with a place for embeddings, the bytes that it has room for, and where workers have theirs.
 

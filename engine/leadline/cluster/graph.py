@@ -80,6 +80,11 @@ class Graph:
     blocks: int
     train_only: bool = False
 
+    def groups(self, members: Sequence[Member]) -> list[Sequence[Member]]:
+        """Those that are embedded together, and so at home at one place; where nothing is shared, each member alone."""
+        size = 1 if self.whole else self.config.engine.group_size
+        return [members[first:stop] for first, stop in blocks(len(members), size)]
+
     def totals(self, members: Sequence[Member]) -> "Counter[str]":
         """Units of each stage for a group of members, were nothing there already."""
         total = Counter({"train": len(members)})
