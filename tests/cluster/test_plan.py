@@ -22,7 +22,9 @@ from leadline.cluster.work import list_members
 from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.embedding import batch_logits
+from leadline.embedding.in_place import embed_in_place
 from leadline.errors import LeadlineError
+from leadline.knn.exact import SPARE
 from leadline.points import open_points
 from leadline.store import RunDirectory
 from leadline.store.tables import read_table
@@ -213,14 +215,108 @@ def test_the_end_comes_when_the_slowest_worker_is_done():
     assert alone.seconds < plan.seconds - 0.9 * one
 
 
-def test_members_made_whole_are_not_planned():
+@pytest.mark.parametrize(("memory_budget", "passes"), [(4 << 30, 1), (8_000_000, 2), (1_000_000, 4)])
+def test_members_made_whole_take_what_is_planned(tmp_path, monkeypatch, memory_budget, passes):
+    """Units, files, passes of all points through the network, and what is in memory when a probe is searched."""
+    config = {**TINY, "members": [{**TINY["members"][0], "count": 2}]}
+    config = load_config(
+        {**config, "engine": {**TINY["engine"], "placement": "device", "memory_budget": memory_budget}}
+    )
+    directory = RunDirectory(tmp_path)
+    bench, members = Workbench(config, {}, directory), list_members(config)
+    graph = graph_of(config, bench.points)
+    networks, rates = networks_of(graph, bench.points), rates_of(graph)
+    # Of a row, as much again as its values for what is made of it.
+    search = {(label, p.index): replace(rates.search[label, p.index], memory=8 * p.width) for label in graph.probes
+              for p in graph.probes[label]}  # fmt: skip
+    plan = stages(plan_of(graph, networks, cluster_of(graph), replace(rates, search=search)))
+    read, inputs, kept, taken = [], bench.inputs, [], []
+    module, bank = sys.modules["leadline.cluster.units.whole"], bench.bank
+
+    def embedded(*about):
+        some, outputs = embed_in_place(*about)
+        kept[:] = [values.nbytes for values in some]
+        return some, outputs
+
+    def searched(rows):
+        made = bank(rows)
+        lists = 16 * (10 + SPARE) * min(1797, made._at_once) + 2 * 8 * 10 * 1797
+        taken.append(sum(kept) + rows.nbytes + made.size_bytes + lists)
+        kept.pop(0)
+        return made
+
+    for member in members:
+        units.train(bench, member)
+    monkeypatch.setattr(module, "embed_in_place", embedded)
+    monkeypatch.setattr(bench, "bank", searched)
+    monkeypatch.setattr(bench, "inputs", lambda ids: read.append(len(ids)) or inputs(ids))
+    made, done = Counter(), Counter()
+    for number, group in enumerate(graph.groups(members)):
+        for unit in graph.units(number, group, directory):
+            if unit.stage == "reduce":
+                files = [path for path in tmp_path.rglob("*.npy") if unit.arguments[0].name in path.parts]
+                assert plan["whole"].written == 2 * sum(path.stat().st_size for path in files)
+            made[unit.stage] += 1
+            done[unit.stage] += UNITS[unit.stage](bench, *unit.arguments)
+    assert made == {name: stage.units for name, stage in plan.items() if name not in ("train", "combine")}
+    assert done == {name: stage.work for name, stage in plan.items() if name not in ("train", "combine")}
+    assert sum(read) == 2 * passes * 1797
+    assert plan["whole"].read == 4 * 64 * sum(read)
+    pairs = 1797 * 1617 * (64 + 24 + 24 + 10)
+    assert plan["whole"].flops == sum(read) * networks["mlp"].forward + 2 * 2 * pairs
+    seconds = sum(read) * (rates.embed["mlp"] + rates.read) + 2 * 4 * (1617e-6 + 1797 * 1.617e-3)
+    seconds += 2 * ((4 * 6 * 2 + 8) * rates.file + 2 * rates.opened)
+    assert plan["whole"].seconds == pytest.approx(seconds)
+    assert max(taken) < plan["whole"].memory < 1.5 * max(taken)
+
+
+def test_embeddings_of_members_made_whole_go_when_they_are_searched():
+    """Whether the first probe's search or the last one's takes most of the memory: three probes' lie there or not."""
     config = load_config({**TINY, "engine": {**TINY["engine"], "placement": "device"}})
-    graph = graph_of(config, open_points(config.points))
-    with pytest.raises(LeadlineError, match="placement: device cannot be planned yet; plan with resident"):
-        plan_of(graph, {}, None, None)
+    points = open_points(config.points)
+    graph = graph_of(config, points)
+    networks, rates = networks_of(graph, points), rates_of(graph)
+    first, last = (
+        stages(plan_of(graph, networks, cluster_of(graph), replace(rates, search={
+            **rates.search, ("mlp", costly): replace(rates.search["mlp", costly], memory=1e6)
+        })))["whole"].memory
+        for costly in (0, 3)
+    )  # fmt: skip
+    assert first - last == 4 * 1797 * (64 + 24 + 24) + 4 * 1797 * (64 - 10)  # and queries, that are wider
 
 
-@pytest.mark.parametrize("placement", ["shared", "node", "resident", "auto"])
+@pytest.mark.parametrize(("share", "passes"), [(1, 1), (3e-5, 2)])
+def test_passes_of_members_made_whole_are_those_that_their_share_of_a_gpu_has_room_for(share, passes):
+    """0.24 of it, without the network: of 2.4 MB the input's 460 kB, and then the other probes' 417 kB."""
+    engine = {**TINY["engine"], "placement": "device", "gpus": share}
+    config = load_config({**TINY, "engine": engine})
+    points = open_points(config.points)
+    graph = graph_of(config, points)
+    networks = networks_of(graph, points)
+    plan = plan_of(graph, networks, cluster_of(graph, gpu="h100"), assumed(graph, networks, "h100", 1e-5))
+    assert stages(plan)["whole"].read == 3 * passes * 4 * 64 * 1797
+    assert (plan.placement, plan.scratch) == ("device", 0)
+    if share == 1:
+        assert plan.refused == []
+    else:
+        (line,) = plan.refused
+        assert "GPU memory: stage whole" in line and "2.4 MB; choose another engine.placement" in line
+
+
+def test_members_made_whole_are_shared_out_among_workers():
+    """Though groups of three are embedded by one worker elsewhere: four workers have no more to do than three."""
+    engine = {**TINY["engine"], "group_size": 3, "placement": "device", "workers": None}
+    one, two, three, four = (planned({**TINY, "engine": engine}, cpus=cpus) for cpus in (1, 2, 3, 4))
+    work = [stages(one)[name].seconds / 3 for name in ("train", "whole", "reduce", "free")]
+    ends = stages(one)["combine"].seconds + 5.5
+    for plan, turns in ((one, 3), (two, 2), (three, 1), (four, 1)):
+        assert plan.seconds == pytest.approx(ends + turns * sum(work))
+    wide = planned({**TINY, "engine": engine}, cpus=20)
+    (advice,) = wide.advice
+    assert "3 members" in advice and "20 workers" in advice and "group_size" not in advice
+
+
+@pytest.mark.parametrize("placement", ["shared", "node", "resident", "auto", "device"])
 def test_more_nodes_are_never_slower(placement):
     entry = {**TINY["members"][0], "count": 20}
     config = {**TINY, "members": [entry], "engine": {**TINY["engine"], "workers": None, "placement": placement}}

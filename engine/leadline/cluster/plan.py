@@ -20,11 +20,12 @@ from leadline.cluster.rates import BACKWARD, Network, Rates
 from leadline.cluster.work import OUTPUTS, VOTES, Member, blocks, found_by_point, found_in_part, may_err, shard_edges
 from leadline.config import Learning, Training
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
+from leadline.embedding.in_place import EMBEDDED, probe_groups
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
-from leadline.errors import LeadlineError
 from leadline.knn.choice import candidates
 from leadline.knn.exact import SPARE, cut, fits_memory
+from leadline.knn.on_device import KEPT
 from leadline.members.probes import Probe
 from leadline.members.train import checkpoint_steps, is_resident, steps_per_epoch
 from leadline.store.schemas import DEPTHS, LEARNING, VOTE_FIELDS
@@ -33,6 +34,7 @@ from leadline.store.tables import ROWS
 # Stages that go on side by side; one such step of a group of members begins when the last has ended.
 STEPS = (
     ("train",),
+    ("whole",),
     ("embed",),
     ("trial", "index", "keep", "share", "part", "vote"),
     ("audit",),
@@ -43,6 +45,7 @@ SIMULATED = 4096  # units of a step whose order is played through; more of them 
 ON_A_NODE = 2  # groups of members at a time, where a node's disk holds them: one is searched, the other embedded
 MERGED = 6  # times what a block finds in a part: to join it to what was found in others, with copies and their order
 WORK = 128 << 20  # bytes of a search beside what is counted, on a device
+AHEAD = 3  # batches of inputs in main memory for a device: the one that it has, and two that are read
 TABLES = 4  # that the driver writes, run.json among them
 HANDED_OUT = 500  # units a second, by the driver, at least
 IDLE = 0.5  # share of the workers' time that is worth a word where it is not used
@@ -138,13 +141,12 @@ class Plan:
 def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rates: Rates) -> Plan:
     """Plan a run on a cluster by what one of its workers does in a second."""
     engine, members = graph.config.engine, graph.members
-    if graph.whole:
-        raise LeadlineError("engine.placement: device cannot be planned yet; plan with resident, which takes longer")
-    groups = [members[first:stop] for first, stop in blocks(len(members), engine.group_size)]
+    groups = graph.groups(members)
     largest = max(graph.embedding_bytes(group) for group in groups)
     placement = graph.placement(largest, cluster.is_local)
     places = {"shared": 1, "node": min(cluster.nodes, cluster.workers), "resident": cluster.workers}[placement]
-    reckoning = _Reckoning(graph, networks, rates, max(1, cluster.workers // places), min(places, len(groups)))
+    own = max(1, cluster.workers // places)
+    reckoning = _Reckoning(graph, networks, rates, own, min(places, len(groups)), cluster.device)
     works = [reckoning.group(number, group) for number, group in enumerate(groups)]
     stages = {name: Stage(name, measure) for name, measure in STAGES.items()}
     for work in works:
@@ -153,7 +155,7 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
     combine = reckoning.combine()
     in_memory = cluster.is_local and placement == "shared" and engine.scratch is None and largest <= cluster.free
     room = _room(cluster, placement, in_memory)
-    together = {"shared": room // largest, "node": min(ON_A_NODE, room // largest), "resident": 1}[placement]
+    together = _together(placement, room, largest)
     elapsed = _elapsed(works, cluster.workers, places, placement, together)
     handed_out = sum(stage.units for stage in stages.values()) / HANDED_OUT
     plan = Plan(
@@ -161,7 +163,7 @@ def plan_of(graph: Graph, networks: Mapping[str, Network], cluster: Cluster, rat
         points=graph.points,
         members=len(members),
         probes=sum(len(graph.probes[member.architecture]) for member in members),
-        placement=placement,
+        placement="device" if graph.whole else placement,
         cluster=cluster,
         stages=[*(stage for stage in stages.values() if stage.units), combine],
         base=rates.memory,
@@ -182,6 +184,13 @@ def _room(cluster: Cluster, placement: str, in_memory: bool) -> int:
     if placement == "shared":
         return int(SHARE_OF_DISK * cluster.disk)
     return cluster.disk if placement == "node" else cluster.disk // _per_node(cluster)
+
+
+def _together(placement: str, room: int, largest: int) -> int:
+    """Groups of members that are at a place at a time."""
+    if placement == "resident":
+        return 1
+    return room // largest if placement == "shared" else min(ON_A_NODE, room // largest)
 
 
 def _per_node(cluster: Cluster) -> int:
@@ -223,6 +232,11 @@ def _makespan(stages: Sequence[Stage], workers: int) -> float:
 def _waiting(plan: Plan, groups: int, places: int) -> list[str]:
     if plan.busy >= IDLE or plan.placement == "shared":
         return []
+    if plan.placement == "device":
+        return [
+            f"{groups} members, each made by one worker (placement device), have {places} workers, so workers wait; "
+            "set engine.placement to shared, or take fewer nodes"
+        ]
     return [
         f"{groups} groups of members have {places} places (placement {plan.placement}), so workers wait; set "
         "engine.placement to shared, lower engine.group_size, or take fewer nodes"
@@ -268,6 +282,8 @@ def _refused(plan: Plan, in_memory: bool, room: int) -> list[str]:
 def _mend(stage: Stage) -> str:
     if stage.name == "train":
         return "lower training.batch, or engine.workers"
+    if stage.name == "whole":
+        return "choose another engine.placement, as auto, or fewer workers (engine.workers, engine.gpus)"
     if stage.name == "embed":
         return "lower engine.shard_size, engine.batch_size or engine.group_size, or choose a reduction"
     return "lower engine.memory_budget or engine.query_block, or choose a reduction"
@@ -298,20 +314,23 @@ def npy_bytes(dtype: Any, *shape: int) -> int:
 
 @dataclass(frozen=True)
 class _Reckoning:
-    """Adds up what each stage takes for a group of members. workers: at a place; places: that have any group."""
+    """Adds up what each stage takes for a group of members. workers: at a place; places: that have any group; device:
+    bytes of a worker's share of a GPU, None without one.
+    """
 
     graph: Graph
     networks: Mapping[str, Network]
     rates: Rates
     workers: int
     places: int
+    device: int | None
 
     def group(self, number: int, members: Sequence[Member]) -> dict[str, Stage]:
         totals: Counter[str] = self.graph.totals(members)
         reckon: dict[str, Callable[[Stage, int, Sequence[Member]], None]] = {
             "train": self._train, "embed": self._embed, "trial": self._trial, "index": self._index,
-            "keep": self._keep, "share": self._share, "part": self._part, "vote": self._vote, "audit": self._audit,
-            "reduce": self._reduce, "free": self._free,
+            "keep": self._keep, "share": self._share, "part": self._part, "vote": self._vote, "whole": self._whole,
+            "audit": self._audit, "reduce": self._reduce, "free": self._free,
         }  # fmt: skip
         stages = {}
         for name, measure in STAGES.items():
@@ -328,6 +347,8 @@ class _Reckoning:
         match stage:
             case "embed":
                 return sum(probes) + 1, len(members)
+            case "whole":
+                return 2 * sum(probes) // len(probes) * self.graph.blocks + self.graph.shards, 2
             case "reduce":
                 of_a_member = sum(probes) // len(probes) * self.graph.blocks
                 return 3, of_a_member * (1 + 2 * -(-self.graph.points // ROWS))
@@ -410,17 +431,15 @@ class _Reckoning:
         sizes = [stop - first for first, stop in self._shards]
         stage.work = graph.points * len(members)
         stage.written = sum(npy_bytes(np.float32, n, stored_width(probe)) for n in sizes for probe in probes)
-        stage.written += len(members) * sum(npy_bytes(OUTPUTS, n) for n in sizes)
+        stage.written += len(members) * self._outputs
         stage.read = 4 * graph.points * math.prod(self._input.shape)
         stage.flops = sum(self.networks[member.architecture].flops for member in members) * graph.points
         stage.seconds = graph.points * (
             self.rates.read + sum(self.rates.embed[member.architecture] for member in members)
         )
         stage.seconds += stage.written * self.rates.move
-        widths = [[probe.width for probe in graph.probes[member.architecture]] for member in members]
-        batch = 4 * engine.batch_size * max(sum(of_one) + 3 * max(of_one) for of_one in widths)
         weights = sum(self.networks[member.architecture].weights for member in members)
-        held = weights + batch + self._signs(probes)
+        held = weights + max(map(self._batch, members)) + self._signs(probes)
         self._takes(stage, held, 4 * engine.batch_size * sum(map(stored_width, probes)), held)
 
     def _share(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
@@ -483,6 +502,38 @@ class _Reckoning:
                         graph.points, graph.blocks, self._side_by_side(members), graph.config.k,
                     )  # fmt: skip
 
+    def _whole(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
+        """All points go through the network once for each group of probes that is kept where the network runs."""
+        graph, engine = self.graph, self.graph.config.engine
+        for member in members:
+            probes, network = graph.probes[member.architecture], self.networks[member.architecture]
+            held = min(engine.group_size, len(graph.members)) * network.weights  # so many stay with a worker
+            free = engine.search_memory if self.device is None else KEPT * (self.device - held)
+            groups = probe_groups(probes, graph.points, EMBEDDED * free)
+            passed = graph.points * len(groups)
+            stage.work += graph.points * len(probes)
+            stage.written += len(probes) * self._found(VOTES) + self._outputs
+            stage.read += 4 * passed * math.prod(self._input.shape)
+            stage.flops += passed * network.forward
+            stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
+            for group in groups:
+                self._in_place(stage, member, [probes[index] for index in group], held)
+
+    def _in_place(self, stage: Stage, member: Member, group: Sequence[Probe], held: int) -> None:
+        """Searches of probes whose embeddings are kept together, each until it is searched; held: bytes beside them."""
+        n, n_bank, k = self.graph.points, self._bank(member), self.graph.config.k
+        kept = 4 * n * sum(map(stored_width, group))
+        inputs = AHEAD * 4 * self.graph.config.engine.batch_size * math.prod(self._input.shape)
+        self._takes(stage, held + kept + self._batch(member), inputs)
+        for probe in group:
+            rates, width = self.rates.search[member.architecture, probe.index], stored_width(probe)
+            stage.flops += 2.0 * n * n_bank * width
+            stage.seconds += rates.ready.at(n_bank) + n * rates.ask.at(n_bank)
+            found = 16 * n * k  # neighbours of all points, and once more in order
+            needed = held + kept + int(rates.memory * n_bank) + self._lists(n_bank, width, n, k) + found
+            self._takes(stage, needed, found, needed + WORK)
+            kept -= 4 * n * width
+
     def _found(self, kind: np.dtype[Any]) -> int:
         """Bytes of the files of what all points find, a row of this kind for each."""
         return sum(npy_bytes(kind, stop - first) for first, stop in self._blocks)
@@ -516,10 +567,14 @@ class _Reckoning:
     def _holds(self, stage: Stage, of_a_row: float, n_bank: int, width: int, at_once: int, k: int) -> None:
         """A bank, or tiles of it, and so many queries as are read together."""
         budget = self.graph.config.engine.search_memory
-        at_once = min(at_once, cut(n_bank, width, budget)[1])
         memory = int(of_a_row * n_bank) if fits_memory(n_bank, width, budget) else budget
-        queries = at_once * (4 * width + 8 * k + 16 * (k + SPARE))
+        queries = self._lists(n_bank, width, at_once, k)
         self._takes(stage, memory + queries, min(memory, 4 * n_bank * width) + queries, memory + queries + WORK)
+
+    def _lists(self, n_bank: int, width: int, at_once: int, k: int) -> int:
+        """Bytes of so many queries, or as many as are searched together, and of what is found for them."""
+        at_once = min(at_once, cut(n_bank, width, self.graph.config.engine.search_memory)[1])
+        return at_once * (4 * width + 8 * k + 16 * (k + SPARE))
 
     def _trial(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
         self._as_searches(stage, "trial", members, lambda n_bank: (1 + len(candidates(n_bank)), self._sample))
@@ -611,6 +666,11 @@ class _Reckoning:
             alone = alone if beside is None else beside
         stage.memory = max(stage.memory, alone)
 
+    def _batch(self, member: Member) -> int:
+        """Bytes of a batch in its network."""
+        widths = [probe.width for probe in self.graph.probes[member.architecture]]
+        return 4 * self.graph.config.engine.batch_size * (sum(widths) + 3 * max(widths))
+
     def _signs(self, probes: Sequence[Probe]) -> int:
         """Bytes of the random signs of projections, which a worker keeps."""
         asked = {(probe.width, parse_reduction(probe.reduction).size[0]) for probe in probes if "jl" in probe.reduction}
@@ -619,6 +679,11 @@ class _Reckoning:
     def _bank(self, member: Member) -> int:
         """Rows of a member's bank."""
         return self.graph.bank_rows[member.name]
+
+    @property
+    def _outputs(self) -> int:
+        """Bytes of the files of what a member's logits say."""
+        return sum(npy_bytes(OUTPUTS, stop - first) for first, stop in self._shards)
 
     @cached_property
     def _shards(self) -> list[tuple[int, int]]:

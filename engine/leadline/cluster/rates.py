@@ -19,6 +19,7 @@ from leadline.cluster.common import own_neighbours
 from leadline.cluster.graph import Graph, Outline
 from leadline.config import ImageFolder, MemberConfig, PointsConfig
 from leadline.embedding import embed_batch
+from leadline.embedding.extract import embed_resident
 from leadline.embedding.principal import Directions
 from leadline.embedding.reductions import Reducer, make_reducers, parse_reduction, stored_width
 from leadline.knn import bank_on, count_votes
@@ -199,6 +200,7 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
     """The rates of a worker on its share of a GPU, by name; read: seconds a point, measured where this runs."""
     gpu, engine = GPUS[name], graph.config.engine
     share = min(1.0, engine.gpus)
+    moved = OF_BANDWIDTH * gpu.bandwidth * share if graph.whole else COPIED  # bytes/s of a bank's rows, to be searched
     step, embed, search = {}, {}, {}
     for entry in graph.config.members:
         network, probes = networks[entry.label], graph.probes[entry.label]
@@ -206,11 +208,13 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
         if recipe:
             step[entry.label] = BACKWARD * network.forward * recipe.batch / (OF_TRAINING * gpu.bfloat16 * share)
         there, back = math.prod(probes[0].shape), sum(stored_width(probe) for probe in probes)
+        if graph.whole:
+            back = 0  # embeddings stay where they are made, and banks are made of them there
         embed[entry.label] = network.flops / (OF_FLOAT32 * gpu.float32 * share) + 4 * (there + back) / COPIED
         for probe in probes:
             width = stored_width(probe)
             pair = 2 * width / (OF_BFLOAT16 * gpu.bfloat16 * share) + PAIR / (OF_BANDWIDTH * gpu.bandwidth * share)
-            search[entry.label, probe.index] = Search(Law(1, 4 * width / COPIED, 1), Law(1, pair, 1), 8 * width)
+            search[entry.label, probe.index] = Search(Law(1, 4 * width / moved, 1), Law(1, pair, 1), 8 * width)
     return Rates(
         read=read,
         move=1 / STORED,
@@ -369,15 +373,19 @@ def _embed(
 
 def _sample(
     graph: Graph, label: str, points: Outline, model: torch.nn.Module, device: torch.device
-) -> tuple[list[Array], float, float]:
-    """Embeddings of some points at each probe, and the seconds for reading a point and for embedding it."""
+) -> tuple[list[Any], float, float]:
+    """Embeddings of some points at each probe, and the seconds for reading a point and for embedding it.
+
+    They are arrays, or tensors that stay on the device where a run has them stay there.
+    """
     config, probes = graph.config, graph.probes[label]
     batch_size = config.engine.batch_size
     every = sum(map(len, graph.probes.values()))
     most = min(max(SMALLEST, OF_ALL // every), LARGEST, SAMPLED // (4 * sum(stored_width(probe) for probe in probes)))
     n = min(len(points), max(most, 5 * config.k))
     ids = np.random.default_rng(0).permutation(len(points))[:n]
-    rows = [np.empty((n, stored_width(probe)), np.float32) for probe in probes]
+    place = device if graph.whole else "cpu"
+    rows = [torch.empty((n, stored_width(probe)), device=place) for probe in probes]
     reducers = _reducers(probes, str(device))
     reading = embedding = 0.0
     done = 0
@@ -387,15 +395,16 @@ def _sample(
         inputs = torch.from_numpy(points.read(ids[part])).to(device)
         reading += time.perf_counter() - started
         started = time.perf_counter()
-        batch = embed_batch(model, probes, inputs, 0, label, reducers)
-        for values, of_batch in zip(rows, batch.embeddings, strict=True):
+        batch, _ = embed_resident(model, probes, inputs, 0, label, reducers)
+        for values, of_batch in zip(rows, batch, strict=True):
             values[part] = of_batch
         embedding += time.perf_counter() - started
         done = part.stop
-    return [values[:done] for values in rows], reading / done, embedding / done
+    found = [values[:done] if values.is_cuda else values[:done].numpy() for values in rows]
+    return found, reading / done, embedding / done
 
 
-def _search_rates(rows: Array, graph: Graph, shared: bool, device: torch.device) -> Search:
+def _search_rates(rows: Any, graph: Graph, shared: bool, device: torch.device) -> Search:
     """Two sizes tell how the search grows with its bank; the first search of each has things to load, or to compile."""
     n, few = len(rows), len(rows) // 4
     _search_once(rows, graph, shared, device)
@@ -416,7 +425,7 @@ def _power(more: float, less: float, ratio: float, most: float) -> float:
     return min(max(math.log(more / less) / math.log(ratio), 0.0), most)
 
 
-def _search_once(rows: Array, graph: Graph, shared: bool, device: torch.device) -> tuple[float, float]:
+def _search_once(rows: Any, graph: Graph, shared: bool, device: torch.device) -> tuple[float, float]:
     """Seconds to make a bank ready, and for each query, among rows that are all in the bank.
 
     shared: for the neighbours that members share, of which there are more, and in order.
