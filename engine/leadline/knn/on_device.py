@@ -27,7 +27,7 @@ from leadline.knn.exact import (
     refuse_other_width,
     refuse_too_few,
 )
-from leadline.knn.screen import NARROW, error_of, kmeans, scale_of
+from leadline.knn.screen import NARROW, ROUNDS, error_of, kmeans, scale_of
 from leadline.knn.threads import full_precision
 
 try:
@@ -40,6 +40,8 @@ SMALL = 2048  # rows of a bank below which all is done in float64
 OF_A_CELL = 2048  # rows, on average
 SAMPLED = 128  # rows of a cell that k-means looks at
 WORTH = 0.8  # share of the rows' squared length that cells leave, above which one cell does as well
+TRIED = 2  # rounds of k-means after which it is seen, by a share of HOPELESS, that cells will never be worth it
+HOPELESS = 0.9
 SEEN_FIRST = 4096  # rows that give a query its first limit
 GROWTH = 4  # from one look at the limits to the next, in rows seen
 MOST_ROWS = (64, 256, 1024)  # candidates of queries that are ranked alike; those of more are searched in float64
@@ -256,11 +258,15 @@ class Tile:
         middle = torch.zeros((1, self.rows.shape[1]), dtype=torch.float64, device=self.rows.device)
         if n_cells == 1:
             return middle
-        chosen = np.random.default_rng(0).choice(len(self.rows), min(len(self.rows), SAMPLED * n_cells), replace=False)
+        chosen = np.random.default_rng(0).integers(len(self.rows), size=SAMPLED * n_cells)
         sample = self._placed(self.rows[torch.from_numpy(chosen).to(self.rows.device)]).float()
-        centres = kmeans(sample, n_cells)
-        left = torch.cdist(sample[: 16 * n_cells], centres).amin(dim=1).square().mean()
-        return centres.double() if left <= WORTH * sample.square().sum(dim=1).mean() else middle
+        centres, of_all = sample[:n_cells], sample.square().sum(dim=1).mean()
+        for rounds, worth in ((TRIED, HOPELESS), (ROUNDS - TRIED, WORTH)):
+            centres = kmeans(sample, centres, rounds)
+            left = torch.cdist(sample[: 16 * n_cells], centres).amin(dim=1).square().mean()
+            if left > worth * of_all:
+                return middle
+        return centres.double()
 
     def _make(self) -> None:
         """Sort the rows into tiles and round them."""

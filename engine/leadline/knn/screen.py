@@ -262,7 +262,7 @@ class _Sample:
     def _share_of_rows(self) -> float:
         """Share of the sample's rows in cells of it that the triangle inequality does not leave out."""
         n_cells = cells_of(len(self.rows))
-        centres = kmeans(self.rows, n_cells)
+        centres = kmeans(self.rows, self.rows[:n_cells])
         distances = torch.cdist(self.rows, centres)
         radius, cell = distances.min(dim=1)
         reach = torch.zeros(n_cells).scatter_reduce_(0, cell, radius, "amax")
@@ -376,15 +376,16 @@ def centres_of(points: torch.Tensor, middle: torch.Tensor, scale: float, n_cells
     """Centres of cells, float64 [C, m], from some of the points [M, m]. middle float64 [m]: near their mean."""
     chosen = np.random.default_rng(0).choice(len(points), min(len(points), OF_A_CELL * n_cells), replace=False)
     some = points[torch.from_numpy(chosen).to(points.device)]
-    return kmeans(((some - middle) * scale).float(), n_cells).double() / scale + middle
+    sample = ((some - middle) * scale).float()
+    return kmeans(sample, sample[:n_cells]).double() / scale + middle
 
 
-def kmeans(sample: torch.Tensor, n_cells: int) -> torch.Tensor:
-    """Centres [C, m] of points [n, m] in random order; they decide the speed alone."""
-    centres = sample[:n_cells].clone()
-    for _ in range(ROUNDS):
+def kmeans(sample: torch.Tensor, centres: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+    """Centres [C, m] of points [n, m], better ones than those given; they decide the speed alone."""
+    centres = centres.clone()
+    for _ in range(rounds):
         nearest = (centres.square().sum(dim=1) - 2 * sample @ centres.T).argmin(dim=1)
-        counts = torch.bincount(nearest, minlength=n_cells)
+        counts = torch.bincount(nearest, minlength=len(centres))
         sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
         filled = counts > 0
         centres[filled] = sums[filled] / counts[filled, None]
