@@ -242,7 +242,8 @@ def _scratch(
     says = f"embeddings: {largest / 1e9:.2f} GB a group of members"
     if placement != "shared":
         if groups and not graph.train_only:
-            stages.say(f"{says}, placement {placement}")
+            where = "embeddings: a member's at a time, where its network runs, placement device"
+            stages.say(where if graph.whole else f"{says}, placement {placement}")
         yield RunDirectory(directory.root, ELSEWHERE), None, scratch
         return
     free = free_memory(MEMORY / name) if engine.scratch is None and is_local else 0
