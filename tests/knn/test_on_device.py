@@ -11,6 +11,7 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_exact_votes import brute_force, hard_inputs, slow_votes, stacked
+from triton.runtime.errors import OutOfResources
 
 import leadline
 from leadline import LeadlineError
@@ -36,7 +37,15 @@ def kernels(monkeypatch):
         monkeypatch.setattr(on_device, name, value)
     if HAS_GPU:
         return
-    small = {"QUERIES": 4, "ROWS": {0: (32, 4)}, "DEPTH": 32, "RUN": 4, "CAPACITY": 128, "FLUSH": 1024, "GROUP": 2}
+    small = {
+        "QUERIES": 4,
+        "ON_HOPPER": {0: fused.Shape(32, 4, 3)},
+        "DEPTH": 32,
+        "RUN": 4,
+        "CAPACITY": 128,
+        "FLUSH": 1024,
+        "GROUP": 2,
+    }
     for name, value in small.items():
         monkeypatch.setattr(fused, name, value)
     # 20 ms a pair otherwise; test_squared_distances_are_numpys_bit_for_bit says that it makes no difference.
@@ -111,7 +120,7 @@ def test_one_cell_does_as_well(kernels, monkeypatch, name):
     monkeypatch.setattr(on_device, "NARROW", 1)
     bank = few(hard_inputs()[name])
     ready, _ = check(bank, *_with_k(bank))
-    assert "1 cell," in ready.plan
+    assert "1 cell in" in ready.plan
 
 
 def _with_k(bank):
@@ -347,6 +356,52 @@ def test_bad_input_is_named(bank, queries, k, words, memory):
     assert "\n" not in str(error.value)
 
 
+# How products are cut
+
+
+@pytest.mark.parametrize("shape", [fused.Shape(32, 4, 1), fused.Shape(64, 8, 2)] if not HAS_GPU else fused.SHAPES)
+def test_every_shape_finds_the_same(kernels, monkeypatch, shape):
+    monkeypatch.setattr(fused, "shape_of", lambda device, width: shape)
+    bank = few(hard_inputs()["wide"])
+    try:
+        ready, cost = check(bank, *_with_k(bank))
+    except OutOfResources:
+        assert HAS_GPU
+    else:
+        assert f"tiles of {shape.rows}," in ready.plan
+        assert cost.fell_through == 0
+
+
+def test_the_fastest_shape_that_has_room_is_taken(kernels, monkeypatch):
+    shapes = [fused.Shape(rows, 4, 1) for rows in ((128, 256) if HAS_GPU else (32, 64, 128))]
+    monkeypatch.setattr(fused, "SHAPES", shapes)
+    monkeypatch.setattr(fused, "TRIED", 2)
+    flagged, launch = [], fused._launch
+
+    def watched(q, r, *about):
+        if r.shape.rows == shapes[1].rows and not HAS_GPU:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        launch(q, r, *about)
+        flagged.append(about[-2].any().item())
+
+    monkeypatch.setattr(fused, "_launch", watched)
+    fused.fastest.cache_clear()
+    assert fused.fastest(torch.device(DEVICE), 40) in shapes
+    assert flagged == [False] * 4 * 2  # of two shapes; no row was within a limit
+    monkeypatch.setattr(fused, "SHAPES", shapes[1:2])
+    fused.fastest.cache_clear()
+    assert (fused.fastest(torch.device(DEVICE), 40) is None) != HAS_GPU
+    fused.fastest.cache_clear()
+
+
+def test_where_no_shape_has_room_all_is_done_in_float64(kernels, monkeypatch):
+    monkeypatch.setattr(fused, "shape_of", lambda device, width: None)
+    bank = few(hard_inputs()["wide"])
+    ready, cost = check(bank, *_with_k(bank))
+    assert ready.plan == "float64"
+    assert cost.fell_through == 6 or HAS_GPU
+
+
 # The distance that decides
 
 
@@ -399,7 +454,7 @@ def estimated(monkeypatch, bank, queries):
     assert (q.counts[there] == len(bank)).all()
     place = there.repeat_interleave(len(bank))
     slot = q.candidates[there, : len(bank)].flatten().long()
-    of = slot // made.size
+    of = slot // made.shape.rows
     a = q.far[made.cell[of].long(), place].contiguous()
     of_query = [values[place].contiguous() for values in (q.length, q.lost, q.slip)]
     of_tile = [values[of].contiguous() for values in (made.longest, made.lost)]
@@ -462,7 +517,7 @@ def test_rounding_that_lies_along_the_other_vector_is_counted_in_full(kernels, m
 def listed(q, made, order):
     """Rows of the lists, as places of a bool [P, places of rows]."""
     has = np.zeros((len(q.counts), len(order)), bool)
-    runs = made.size // fused.RUN
+    runs = made.shape.rows // fused.RUN
     lists = [values.cpu().numpy() for values in (q.counts, q.candidates, q.masks)]
     for i, (count, candidates, masks) in enumerate(zip(*lists, strict=True)):
         assert count <= fused.CAPACITY
@@ -471,7 +526,7 @@ def listed(q, made, order):
             eighth, lane = divmod(inside, 8)
             for bit in range(fused.RUN):
                 if mask >> bit & 1:
-                    has[i, tile * made.size + (eighth * fused.RUN + bit) * 8 + lane] = True
+                    has[i, tile * made.shape.rows + (eighth * fused.RUN + bit) * 8 + lane] = True
     return has
 
 

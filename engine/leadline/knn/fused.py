@@ -4,21 +4,36 @@ Numbers are in the frame of `on_device`: bank rows at most 1 long, rounded to fl
 queries about that of theirs. The proofs are in docs/decisions/0014.
 """
 
+import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product of tiles is cut: rows of a tile, warps that make it, and stages of rows on their way."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
 QUERIES = 128  # of a tile
-ROWS = {0: (128, 4), 512: (256, 8)}  # of a tile, and its warps, by the least width, as measured on an H100
+ON_HOPPER = {0: Shape(128, 4, 3), 512: Shape(256, 8, 3)}  # by the least width, as measured on an H100
+# Tried on other GPUs, some of which have not the shared memory for the first.
+SHAPES = (Shape(256, 8, 3), Shape(256, 8, 2), Shape(128, 8, 3), Shape(128, 4, 3), Shape(128, 4, 2), Shape(128, 4, 1))
+TRIED = 32  # tiles of queries, and of rows, that a shape is tried on
 DEPTH = 64  # values of a row that one step multiplies
 FLUSH = 4096  # values that one accumulator adds up
 RUN = 16  # rows of which the nearest alone is estimated: every eighth of 128, as one thread holds them; at most 16
 CAPACITY = 512  # runs that a query keeps
-STAGES = 3  # of rows on their way
 STEP = 1024  # runs that are looked through together
 GROUP = 32  # tiles of queries that meet a tile of rows together, while it is in the cache
 UNIT = 2.0**12  # that values are multiplied by before they are rounded: float16 ends at 65504, and thins out at 2^-14
@@ -422,7 +437,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Bank rows [P] in tiles of `size`, each of one cell. values: float16 [P, D'] (`round_rows`), or float32 [P, D]
+    """Bank rows [P] in tiles as `shape` says, each of one cell. values: float16 [P, D'] (`round_rows`), or float32 [P, D]
     where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the lengths of
     its rounded rows and of what rounding took; inner and outer, the least and greatest distance from the centre. apart
     float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the nearest cells
@@ -439,7 +454,7 @@ class RowTiles:
     apart: torch.Tensor
     nearest: torch.Tensor
     nearest_cell: torch.Tensor
-    size: int
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -473,9 +488,26 @@ class QueryTiles:
         return QueryTiles(**{**cut, "cell": self.cell[first:stop], "far": self.far[:, some]})
 
 
-def tile_rows(width: int) -> int:
-    """Rows of a tile of so wide a bank."""
-    return _tile(width)[0]
+def shape_of(device: torch.device, width: int) -> Shape | None:
+    """How products of so wide rows are cut on a device; None where no shape has room.
+
+    Of a Hopper GPU it is known; others try SHAPES, once for each power of two of the width, some seconds long.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0):
+        return next(shape for least, shape in sorted(ON_HOPPER.items(), reverse=True) if width >= least)
+    return fastest(device, min(triton.next_power_of_2(width), FLUSH))
+
+
+@cache
+def fastest(device: torch.device, width: int) -> Shape | None:
+    """The fastest of SHAPES on a device, None where it has room for none."""
+    seconds = {}
+    for shape in SHAPES:
+        try:
+            seconds[shape] = _seconds(shape, device, width)
+        except OutOfResources:
+            continue
+    return min(seconds, key=seconds.__getitem__) if seconds else None
 
 
 def interpreted() -> bool:
@@ -525,7 +557,7 @@ def round_rows(
 def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bool) -> int:
     """Put the runs in the `first` and n - 1 more of each query's nearest tiles, rows of which may be within its limit,
     into its list. Returns how many pairs of tiles were multiplied."""
-    runs, device = n * (r.size // RUN), q.limit.device
+    runs, device = n * (r.shape.rows // RUN), q.limit.device
     best = torch.empty((len(q.limit), runs), device=device)
     bits = torch.empty((len(q.limit), runs), dtype=torch.int16, device=device)
     flags = torch.zeros((len(q.cell), n), dtype=torch.int8, device=device)
@@ -535,7 +567,7 @@ def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bo
         _launch(q, r, first, n, width, todo, best, bits, flags, number)
         _collect[(len(q.limit),)](
             q.counts, q.estimates, q.candidates, q.masks, q.far, q.cell, r.nearest, r.nearest_cell, best, bits, flags,
-            first, n, q.far.stride(0), len(r.cell), NARROW=_is_narrow(q), QUERIES=QUERIES, ROWS=r.size, RUN=RUN,
+            first, n, q.far.stride(0), len(r.cell), NARROW=_is_narrow(q), QUERIES=QUERIES, ROWS=r.shape.rows, RUN=RUN,
             CAPACITY=CAPACITY, STEP=min(STEP, triton.next_power_of_2(runs)), num_warps=1,
         )  # fmt: skip
     return number
@@ -543,7 +575,7 @@ def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bo
 
 def bound(q: QueryTiles, r: RowTiles, n: int, k: int, width: int) -> None:
     """Lower each query's limit to what k of the rows of its n nearest tiles prove."""
-    runs = n * (r.size // RUN)
+    runs = n * (r.shape.rows // RUN)
     bounds = torch.empty((len(q.limit), runs), device=q.limit.device)
     _launch(q, r, 0, n, width, None, bounds, None, None, len(q.cell) * n)
     _bound[(len(q.limit),)](bounds, q.limit, k, runs, BLOCK=triton.next_power_of_2(runs), num_warps=2)
@@ -559,7 +591,7 @@ def refine(q: QueryTiles, r: RowTiles, k: int, width: int, ends: torch.Tensor | 
     _refine[(len(q.limit),)](
         q.counts, q.estimates, q.candidates, q.masks, q.limit, q.length, q.lost, q.slip, q.far, r.cell, r.longest,
         r.lost, q.own, n_sure, n_rows, k, q.far.stride(0), roundoff(width), FINAL=ends is not None,
-        NARROW=_is_narrow(q), ROWS=r.size, RUN=RUN, CAPACITY=CAPACITY, SLACK=SLACK, GONE=GONE,
+        NARROW=_is_narrow(q), ROWS=r.shape.rows, RUN=RUN, CAPACITY=CAPACITY, SLACK=SLACK, GONE=GONE,
         num_warps=2,
     )  # fmt: skip
 
@@ -577,7 +609,7 @@ def expand(
     pairs = torch.empty((2, int(n_open.sum())), dtype=torch.int64, device=which.device)
     _expand[(len(which),)](
         which, query_of, q.counts, n_sure, q.candidates, q.masks, order, first, chosen, pairs[0], pairs[1],
-        chosen.shape[1], ROWS=r.size, RUN=RUN, CAPACITY=CAPACITY,
+        chosen.shape[1], ROWS=r.shape.rows, RUN=RUN, CAPACITY=CAPACITY,
         BLOCK=min(most, CAPACITY), num_warps=1 if most <= 64 else 4,
     )  # fmt: skip
     return pairs[0], pairs[1]
@@ -616,8 +648,33 @@ def measure(
     return out
 
 
-def _tile(width: int) -> tuple[int, int]:
-    return next(tile for least, tile in sorted(ROWS.items(), reverse=True) if width >= least)
+def _seconds(shape: Shape, device: torch.device, width: int) -> float:
+    """Of products of tiles of zeros, no row of which is within any limit."""
+    n_queries, n_rows = TRIED * QUERIES, TRIED * shape.rows
+
+    def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    cell, lists = zeros(TRIED, dtype=torch.int32), zeros(1, dtype=torch.int32)
+    by_query, by_tile = zeros(n_queries), zeros(TRIED)
+    r = RowTiles(
+        values=zeros(n_rows, width, dtype=torch.float16), bias=zeros(1, n_rows) - torch.inf, cell=cell, longest=by_tile,
+        lost=by_tile, inner=by_tile, outer=by_tile, apart=zeros(1, 1), nearest=torch.arange(TRIED).to(cell)[None],
+        nearest_cell=cell[None], shape=shape,
+    )  # fmt: skip
+    q = QueryTiles(
+        values=zeros(n_queries, width, dtype=torch.float16), cell=cell, length=by_query, lost=by_query, slip=by_query,
+        far=by_query[None], own=lists, limit=by_query, counts=lists, estimates=by_query, candidates=lists, masks=lists,
+    )  # fmt: skip
+    best = torch.empty((n_queries, n_rows // RUN), device=device)
+    bits, flags = best.to(torch.int16), torch.zeros((TRIED, TRIED), dtype=torch.int8, device=device)
+    took = []
+    for _ in range(4):  # the first compiles
+        started = time.perf_counter()
+        _launch(q, r, 0, TRIED, width, None, best, bits, flags, TRIED * TRIED)
+        flags.any().item()
+        took.append(time.perf_counter() - started)
+    return min(took)
 
 
 def _is_narrow(q: QueryTiles) -> bool:
@@ -643,12 +700,12 @@ def _launch(
 ) -> None:  # fmt: skip
     narrow = _is_narrow(q)
     queries: Any = q.values if narrow else TensorDescriptor.from_tensor(q.values, [QUERIES, DEPTH])
-    rows: Any = r.values if narrow else TensorDescriptor.from_tensor(r.values, [r.size, DEPTH])
+    rows: Any = r.values if narrow else TensorDescriptor.from_tensor(r.values, [r.shape.rows, DEPTH])
     _screen[(number,)](
         queries, rows, q.limit, q.length, q.lost, q.slip, q.far, q.cell, r.longest, r.lost, r.bias, r.nearest,
         r.nearest_cell, q.cell if todo is None else todo, best, best if bits is None else bits,
         best if flags is None else flags, first, n, len(q.cell), q.far.stride(0), 0 if narrow else r.bias.stride(0),
         len(r.cell), width, roundoff(width), BOUND=bits is None, PRUNE=todo is not None, NARROW=narrow,
-        FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.size, DEPTH=DEPTH, FLUSH=FLUSH, RUN=RUN, GROUP=GROUP,
-        SLACK=SLACK, PRODUCT=UNIT**-2, num_warps=_tile(width)[1], num_stages=STAGES,
+        FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.shape.rows, DEPTH=DEPTH, FLUSH=FLUSH, RUN=RUN, GROUP=GROUP,
+        SLACK=SLACK, PRODUCT=UNIT**-2, num_warps=r.shape.warps, num_stages=r.shape.stages,
     )  # fmt: skip

@@ -205,9 +205,11 @@ class Tile:
         self._scale = scale_of(longest)
         self._narrow = self.rows.shape[1] < NARROW
         if _has_kernels(self.rows) and len(rows) >= SMALL and 1 / SCALES < self._scale < SCALES:
-            with full_precision():
-                self._centres = self._find_centres()
-                self._make()
+            shape = fused.shape_of(rows.device, rows.shape[1])
+            if shape is not None:
+                with full_precision():
+                    self._centres = self._find_centres()
+                    self._make(shape)
 
     @property
     def size_bytes(self) -> int:
@@ -268,9 +270,9 @@ class Tile:
                 return middle
         return centres.double()
 
-    def _make(self) -> None:
+    def _make(self, shape: "fused.Shape") -> None:
         """Sort the rows into tiles and round them."""
-        size = fused.tile_rows(self.rows.shape[1])
+        size = shape.rows
         made = self._tiled(self.rows, size)
         self._order, n_places, n_cells = made.order, len(made.order), len(self._centres)
         self._place = torch.empty(len(self.rows), dtype=torch.int64, device=self.rows.device)
@@ -301,10 +303,11 @@ class Tile:
             apart=apart.float(),
             nearest=nearest.int(),
             nearest_cell=made.cell[nearest].int(),
-            size=size,
+            shape=shape,
         )
         kind = "float32" if self._narrow else "float16"
-        self.plan = f"all {self.rows.shape[1]} values, {n_cells} cell{'s' * (n_cells > 1)}, {kind}, on the GPU"
+        cells = f"{n_cells} cell{'s' * (n_cells > 1)} in tiles of {size}"
+        self.plan = f"all {self.rows.shape[1]} values, {cells}, {kind}, on the GPU"
 
     def _tiled(self, rows: torch.Tensor, size: int) -> "_Tiled":
         """Rows or queries [n, D] in tiles of one cell each, as the kernels take them."""
@@ -380,12 +383,13 @@ class Tile:
             masks=torch.empty((n, fused.CAPACITY), dtype=torch.int32, device=device),
         )
         n_tiles = len(made.cell)
-        seen = min(n_tiles, max(-(-SEEN_FIRST // made.size), n_tiles // 256, -(-4 * k * fused.RUN // made.size)))
+        size = made.shape.rows
+        seen = min(n_tiles, max(-(-SEEN_FIRST // size), n_tiles // 256, -(-4 * k * fused.RUN // size)))
         edges = [0]
         while edges[-1] < n_tiles:
             edges.append(min(n_tiles, max(GROWTH * seen, GROWTH * edges[-1])))
         ends = torch.zeros((2, n), dtype=torch.int32, device=device)
-        longest = max(stop - first for first, stop in pairwise(edges)) * (made.size // fused.RUN)
+        longest = max(stop - first for first, stop in pairwise(edges)) * (size // fused.RUN)
         step, n_pairs = max(1, BUFFER // (6 * longest * fused.QUERIES)), 0
         for start in range(0, len(q.cell), step):
             part = q.part(start, start + step)
@@ -459,7 +463,7 @@ class Tile:
     def _cost(self, q: "fused.QueryTiles", tiles: int, n: int, certified: int, measured: int, lost: int) -> Cost:
         assert self._made is not None
         n_cells, width = len(self._centres), self.rows.shape[1]
-        pairs = tiles * fused.QUERIES * self._made.size
+        pairs = tiles * fused.QUERIES * self._made.shape.rows
         all_lost = lost * len(self.rows)
         flops = 2 * width * (pairs + all_lost + n * n_cells) + 3 * width * measured
         return Cost(
