@@ -8,16 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/leadline run digits
 
-# What makes no run is tested on all cores; runs take all cores themselves, one after another.
-WITHOUT_RUNS := tests/knn tests/points tests/members tests/depth tests/test_one_model.py tests/test_doctor.py
+# Tests that make runs go one after another, in one process; all others beside them (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n auto $(WITHOUT_RUNS)
-	$(BIN)/python -m pytest -m "not slow" $(WITHOUT_RUNS:%=--ignore %)
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest -n auto $(WITHOUT_RUNS)
-	$(BIN)/python -m pytest $(WITHOUT_RUNS:%=--ignore %)
+	$(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ python benchmarks/exact_votes.py growth            how the time grows with the n
 python benchmarks/exact_votes.py disk DIRECTORY    a bank of 1,000,000 rows under a memory budget (exact_disk.py)
 python benchmarks/exact_votes.py modes CONFIG      whole runs, votes: all and votes: until-decided (exact_modes.py)
 python benchmarks/exact_votes.py layers RUN        what can be left out, by layer and by bound (exact_layers.py)
+python benchmarks/exact_votes.py screens RUN       what products in few bits leave to be measured (exact_screens.py)
 
 The first three time whole calls: for Leadline all of survey, clustering, conversion, search, certificate and re-rank.
 Competitors run in this process, in turns with Leadline; a ratio is the competitor's time divided by Leadline's, in the
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 import exact_disk
 import exact_layers
 import exact_modes
+import exact_screens
 import faiss
 import numpy as np
 import torch
@@ -51,6 +53,7 @@ app = typer.Typer(
 app.command()(exact_disk.disk)
 app.command()(exact_modes.modes)
 app.command()(exact_layers.layers)
+app.command()(exact_screens.screens)
 
 Rounds = Annotated[int, typer.Option(min=1, help="times that each search is run")]
 Threads = Annotated[int, typer.Option(min=1)]
