@@ -78,6 +78,15 @@ def test_what_is_refused_of_checkpoints(entries, words):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_the_precision_of_forward_passes_is_part_of_what_a_run_is():
+    exact, rounded = load_config(TINY), load_config({**TINY, "precision": "bfloat16"})
+    assert exact.record() == {**rounded.record(), "precision": "float32"}
+    assert exact.fingerprint() != rounded.fingerprint()
+    with pytest.raises(LeadlineError, match=r"precision: Input should be 'float32' or 'bfloat16'.* 'half'") as caught:
+        load_config({**TINY, "precision": "half"})
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [

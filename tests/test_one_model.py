@@ -117,6 +117,22 @@ def test_bfloat16_changes_the_forward_pass_by_its_rounding(digits):
     assert (depths[0] == depths[1]).mean() > 0.9
 
 
+@pytest.mark.parametrize("reduction", ["none", "pca:1"])
+def test_bfloat16_is_that_of_a_model_that_rounds_by_itself(digits, reduction):
+    class Rounding(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.model(inputs)
+
+    model, bank, queries = digits
+    found = leadline.prediction_depth(model, bank, queries, k=5, precision="bfloat16", reduction=reduction)
+    assert found == leadline.prediction_depth(Rounding(model), bank, queries, k=5, reduction=reduction)
+
+
 def test_an_unknown_precision_is_named(digits):
     with pytest.raises(LeadlineError, match="precision: 'x'; allowed: float32, bfloat16") as error:
         leadline.prediction_depth(digits[0], digits[1], precision="x")

@@ -295,6 +295,9 @@ class RunConfig(Section):
         description="until-decided: from the last probe down, a point's votes end where its depth is told",
     )
     leave_one_out: bool = Field(default=True, description="a training point is left out of its own neighbours")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the forward pass that makes embeddings; bfloat16 changes them"
+    )
     reduction: str | dict[str, str] = Field(
         default="none",
         description="what is stored of the embeddings: none, pca:M, jl:M or pool:HxW for all layers, or by probe name",

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
-from leadline.embedding import fit_directions
+from leadline.embedding import fit_directions, forward_pass
 from leadline.embedding.in_place import EMBEDDED, embed_in_place, probe_groups
 from leadline.embedding.reductions import (
     Choice,
@@ -43,7 +43,8 @@ def prediction_depth(
     device: where the model and the searches run, by default where the model's parameters lie, and where embeddings are
     kept, (bank + queries) x the sum of the stored widths x 4 bytes. A GPU takes as many probes at a time as its memory
     allows, and runs the points through the model once for each such group.
-    precision: of the forward pass, "float32" or "bfloat16" (autocast), which changes the embeddings.
+    precision: of the forward pass, "float32" or "bfloat16" (autocast), which changes the embeddings. In bfloat16 on a
+    GPU convolutions give tensors that lie channels-last, which a model may `reshape` or `flatten`, but not `view`.
     reduction: what is stored of the embeddings: "none", "pca:M" (fitted to the bank), "jl:M" or "pool:HxW" for all but
     the input and the softmax, or these by probe name, with wildcards; wider layers are measured in full by default.
     method: as in `leadline.knn_votes`, at every probe.
@@ -66,12 +67,13 @@ def prediction_depth(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model = model.to(device)
     example = _read(bank, np.zeros(1, np.int64), "bank", device)[0]
-    placed = place_probes(model, probes, example)
+    with forward_pass(model, example.device, precision):  # what fails in it is told here
+        placed = place_probes(model, probes, example)
     check_patterns(checked_choice(reduction), [probe.name for probe in placed])
     placed = choose_reductions(reduction, placed)
     directions = fit_directions(
         model, placed, lambda ids: _read(bank, ids, "bank", device)[0], np.arange(len(bank)), seed=0,
-        batch_size=batch_size, memory=FIT_BYTES, member="bank",
+        batch_size=batch_size, memory=FIT_BYTES, member="bank", precision=precision,
     )  # fmt: skip
     reducers = make_reducers(placed, directions)
     device = torch.device(device)

@@ -103,4 +103,5 @@ class StoredMember:
     def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
         """One batch at some of the probes; `first` is the number of its first point."""
         probes, reducers = [self.probes[i] for i in read], [self._reducers[i] for i in read]
-        return embed_batch(network, probes, torch.from_numpy(inputs).to(self._device), first, self.name, reducers)
+        on_device = torch.from_numpy(inputs).to(self._device)
+        return embed_batch(network, probes, on_device, first, self.name, reducers, self.config.precision)

@@ -22,6 +22,8 @@ from leadline.store import RunDirectory
 from leadline.store.verify import verify
 
 LEADLINE = str(Path(sys.executable).with_name("leadline"))
+# Columns of probes.parquet on what a search did, which depends on what it was asked together.
+SEARCHED = [*(field.name for field in fields(Cost)), "plan"]
 
 
 @pytest.fixture
@@ -71,9 +73,7 @@ def test_members_made_whole_have_the_same_tables(tiny_run, tmp_path, cluster):
     config = placed("device", scratch, memory_budget=8_000_000)
     run = leadline.run(config, tmp_path / "run", address=cluster.address)
     found, expected = tables_of(run.directory.root), tables_of(tiny_run.directory.root)
-    # What a search did depends on what it was asked together.
-    costs = [*(field.name for field in fields(Cost)), "plan"]
-    probes, others = (tables.pop("probes.parquet").drop_columns(costs) for tables in (found, expected))
+    probes, others = (tables.pop("probes.parquet").drop_columns(SEARCHED) for tables in (found, expected))
     assert probes == others
     assert found == expected
     assert verify(run.directory) == []

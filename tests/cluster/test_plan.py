@@ -384,6 +384,23 @@ def test_points_and_weights_need_not_be_at_hand(tmp_path):
     assert stages(one)["embed"].flops / 1_331_167 == pytest.approx(3.63e9, rel=0.01)
 
 
+def test_forward_passes_in_bfloat16_are_taken_to_be_as_fast_as_training():
+    said, embed = {}, {}
+    for precision in ("float32", "bfloat16"):
+        config = load_config({**TINY, "precision": precision, "reduction": "jl:8", "engine": {"gpus": 1}})
+        points = open_points(config.points)
+        graph = graph_of(config, points)
+        network = networks_of(graph, points)["mlp"]
+        rates = assumed(graph, {"mlp": network}, "h100", 1e-3)
+        said[precision], embed[precision] = rates.said[0], rates.embed["mlp"]
+    assert network.flops > network.forward > 0  # the reductions stay in float32
+    saved = network.forward * (1 / (0.5 * 67e12) - 1 / (0.3 * 989e12))
+    assert embed["float32"] - embed["bfloat16"] == pytest.approx(saved)
+    assert "50% are reached by embedding" in said["float32"] and "30% by training" in said["float32"]
+    assert "50% are reached by reductions" in said["bfloat16"]
+    assert "30% by forward passes and training" in said["bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("count", "shape", "words"),
     [("many", (3, 8, 8), "--points"), ("0", (3, 8, 8), "--points"), ("90", None, "--input")],

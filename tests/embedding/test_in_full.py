@@ -25,16 +25,26 @@ def network(images):
     return model, place_probes(model, None, images[:1])
 
 
-@pytest.fixture(scope="module")
-def stored(images, network):
+def stored_in(precision, images, network):
     """What a run without reductions stores at each probe."""
     batches = [
-        embed_batch(*network, images[first : first + BATCH], first, "m").embeddings for first in range(0, N, BATCH)
+        embed_batch(*network, images[first : first + BATCH], first, "m", precision=precision).embeddings
+        for first in range(0, N, BATCH)
     ]
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
-def rows_of(network, images, probe, ids):
+@pytest.fixture(scope="module")
+def stored(images, network):
+    return stored_in("float32", images, network)
+
+
+@pytest.fixture(scope="module")
+def rounded(images, network):
+    return stored_in("bfloat16", images, network)
+
+
+def rows_of(network, images, probe, ids, precision="float32"):
     """Rows, and the list of what was read to make them, which grows."""
     read = []
 
@@ -43,7 +53,7 @@ def rows_of(network, images, probe, ids):
         return images[torch.from_numpy(wanted)]
 
     model, probes = network
-    return EmbeddedRows(model, probes[probe], inputs, ids, N, BATCH), read
+    return EmbeddedRows(model, probes[probe], inputs, ids, N, BATCH, precision), read
 
 
 @pytest.mark.parametrize("probe", range(7))
@@ -56,6 +66,14 @@ def test_rows_are_what_a_run_without_reductions_stores(images, network, stored, 
     for index in (slice(0, len(ids)), slice(70, 71), slice(100, 10**6), slice(0, 0), places, places[:1]):
         found = rows[index]
         assert found.dtype == np.float32 and np.array_equal(found, expected[index])
+
+
+@pytest.mark.parametrize("probe", range(7))
+def test_rows_in_bfloat16_are_what_such_a_run_stores(images, network, stored, rounded, probe):
+    ids = np.flatnonzero(np.arange(N) % 7)
+    rows, _ = rows_of(network, images, probe, ids, "bfloat16")
+    assert np.array_equal(rows[:], rounded[probe][ids])
+    assert np.array_equal(stored[probe], rounded[probe]) == (probe == 0)
 
 
 def test_only_the_batches_that_hold_wanted_points_are_read(images, network):

@@ -251,6 +251,18 @@ def test_the_fit_does_not_depend_on_its_memory(network, images):
         assert torch.equal(directions.matrix, alone[probe].matrix)
 
 
+def test_the_fit_is_to_embeddings_of_the_same_precision(network, images):
+    model, probes = network
+    _, found = fitted(network, images, precision="bfloat16")
+    _, exact = fitted(network, images)
+    batches = images[::2].split(300)  # fewer points than a sample would have
+    rounded = [embed_batch(model, probes, batch, 0, "m", precision="bfloat16").embeddings for batch in batches]
+    for probe, size in ((0, 9), (1, 20), (2, 12)):
+        (expected,) = principal_directions(lambda: ([torch.from_numpy(rows[probe])] for rows in rounded), [size])  # noqa: B023
+        assert torch.equal(found[probe].matrix, expected.matrix) and torch.equal(found[probe].mean, expected.mean)
+        assert torch.equal(found[probe].mean, exact[probe].mean) == (probe == 0)
+
+
 def test_the_fit_is_to_a_sample_of_the_split(network, images, monkeypatch):
     monkeypatch.setattr(extract, "SAMPLE", 150)
     seen = []

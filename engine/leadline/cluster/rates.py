@@ -201,16 +201,19 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
     gpu, engine = GPUS[name], graph.config.engine
     share = min(1.0, engine.gpus)
     moved = OF_BANDWIDTH * gpu.bandwidth * share if graph.whole else COPIED  # bytes/s of a bank's rows, to be searched
+    rounds = graph.config.precision == "bfloat16"
+    training, float32 = OF_TRAINING * gpu.bfloat16 * share, OF_FLOAT32 * gpu.float32 * share
     step, embed, search = {}, {}, {}
     for entry in graph.config.members:
         network, probes = networks[entry.label], graph.probes[entry.label]
         recipe = entry.training
         if recipe:
-            step[entry.label] = BACKWARD * network.forward * recipe.batch / (OF_TRAINING * gpu.bfloat16 * share)
+            step[entry.label] = BACKWARD * network.forward * recipe.batch / training
         there, back = math.prod(probes[0].shape), sum(stored_width(probe) for probe in probes)
         if graph.whole:
             back = 0  # embeddings stay where they are made, and banks are made of them there
-        embed[entry.label] = network.flops / (OF_FLOAT32 * gpu.float32 * share) + 4 * (there + back) / COPIED
+        forward, reductions = network.forward / (training if rounds else float32), network.flops - network.forward
+        embed[entry.label] = forward + reductions / float32 + 4 * (there + back) / COPIED
         for probe in probes:
             width = stored_width(probe)
             pair = 2 * width / (OF_BFLOAT16 * gpu.bfloat16 * share) + PAIR / (OF_BANDWIDTH * gpu.bandwidth * share)
@@ -230,7 +233,8 @@ def assumed(graph: Graph, networks: Mapping[str, Network], name: str, read: floa
         memory=WORKER,
         said=(
             f"not measured: of an {name.upper()}'s {gpu.float32 / 1e12:g} TFLOP/s in float32 {OF_FLOAT32:.0%} are "
-            f"reached by embedding, of its {gpu.bfloat16 / 1e12:g} in bfloat16 {OF_TRAINING:.0%} by training",
+            f"reached by {'reductions' if rounds else 'embedding'}, of its {gpu.bfloat16 / 1e12:g} in bfloat16 "
+            f"{OF_TRAINING:.0%} by {'forward passes and ' if rounds else ''}training",
             f"of these a search reaches {OF_BFLOAT16:.0%}, and a pair takes as long again as {PAIR} bytes at "
             f"{OF_BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:g} TB/s",
             "searches as measured on one H100 (results/gpu-h100.json), with no pair left out: an upper bound",
@@ -368,7 +372,8 @@ def _embed(
 ) -> list[Array]:
     probes = graph.probes[label]
     inputs = torch.from_numpy(points.read(ids)).to(device)
-    return embed_batch(model, probes, inputs, 0, label, _reducers(probes, str(device))).embeddings
+    reducers = _reducers(probes, str(device))
+    return embed_batch(model, probes, inputs, 0, label, reducers, graph.config.precision).embeddings
 
 
 def _sample(
@@ -395,7 +400,7 @@ def _sample(
         inputs = torch.from_numpy(points.read(ids[part])).to(device)
         reading += time.perf_counter() - started
         started = time.perf_counter()
-        batch, _ = embed_resident(model, probes, inputs, 0, label, reducers)
+        batch, _ = embed_resident(model, probes, inputs, 0, label, reducers, config.precision)
         for values, of_batch in zip(rows, batch, strict=True):
             values[part] = of_batch
         embedding += time.perf_counter() - started

@@ -130,8 +130,8 @@ class Workbench:
         if self.probes(member)[probe].reduction == "none":
             return self.rows(member.name, probe, ids)
         model, probes, _ = self.network(member)
-        batch_size = self.config.engine.batch_size
-        return EmbeddedRows(model, probes[probe], self.inputs, ids, len(self.points), batch_size)
+        batch_size, precision = self.config.engine.batch_size, self.config.precision
+        return EmbeddedRows(model, probes[probe], self.inputs, ids, len(self.points), batch_size, precision)
 
     def index_record(self, owner: str, probe: int) -> dict[str, Any]:
         """What the unit of indexing left; there is none in an exact run, nor for the common bank."""

@@ -7,6 +7,7 @@ from leadline.embedding.extract import (
     embed_input,
     embed_resident,
     fit_directions,
+    forward_pass,
 )
 from leadline.embedding.in_full import EmbeddedRows
 from leadline.embedding.outputs import Outputs
@@ -20,4 +21,5 @@ __all__ = [
     "embed_input",
     "embed_resident",
     "fit_directions",
+    "forward_pass",
 ]

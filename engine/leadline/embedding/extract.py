@@ -1,7 +1,7 @@
-"""Points to embeddings: batches through networks, in eval mode, float32."""
+"""Points to embeddings: batches through networks, in eval mode."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,15 +29,16 @@ class Embedded:
 
 def embed_batch(
     model: torch.nn.Module, probes: Sequence[Probe], inputs: torch.Tensor, first_point: int, member: str,
-    reducers: Sequence[Reducer] | None = None,
+    reducers: Sequence[Reducer] | None = None, precision: str = "float32",
 ) -> Embedded:  # fmt: skip
     """Run one batch (inputs [B, ...], on the model's device) and bring its embeddings to the CPU.
 
-    reducers: of `make_reducers`, applied on the device; None brings the embeddings in full.
+    reducers: of `make_reducers`, applied on the device; None brings the embeddings in full. precision: "bfloat16" runs
+    the network in it, and rounds its embeddings so; they come as float32 nevertheless.
     Raises LeadlineError that names the member, the probe and the point where an embedding or a logit is not finite;
     first_point is the id of the batch's first point.
     """
-    embeddings, outputs = embed_resident(model, probes, inputs, first_point, member, reducers)
+    embeddings, outputs = embed_resident(model, probes, inputs, first_point, member, reducers, precision)
     return Embedded([values.cpu().numpy() for values in embeddings], outputs)
 
 
@@ -45,11 +46,8 @@ def embed_resident(
     model: torch.nn.Module, probes: Sequence[Probe], inputs: torch.Tensor, first_point: int, member: str,
     reducers: Sequence[Reducer] | None = None, precision: str = "float32",
 ) -> tuple[list[torch.Tensor], Outputs]:  # fmt: skip
-    """As `embed_batch`, but its embeddings stay on the device.
-
-    precision: "bfloat16" runs the network in it, and rounds its embeddings so; they come as float32 nevertheless.
-    """
-    with float32_products(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    """As `embed_batch`, but its embeddings stay on the device."""
+    with forward_pass(model, inputs.device, precision):
         embeddings, logits = read_probes(model, probes, inputs)
     with float32_products():
         embeddings = [values.float() for values in embeddings]
@@ -65,12 +63,14 @@ def embed_resident(
     return embeddings, summarise_logits(logits.float().cpu().numpy())
 
 
-def batch_logits(model: torch.nn.Module, inputs: torch.Tensor, first_point: int, member: str) -> Array:
+def batch_logits(
+    model: torch.nn.Module, inputs: torch.Tensor, first_point: int, member: str, precision: str = "float32"
+) -> Array:
     """The logits of one batch, float32 [B, C], of which `embed_batch` tells: with the same arguments the same bits.
 
     Raises LeadlineError as it does.
     """
-    with float32_products():
+    with forward_pass(model, inputs.device, precision):
         logits = read_logits(model, inputs).cpu().numpy()
     ids = np.arange(first_point, first_point + len(inputs))
     _check_finite(np.isfinite(logits).all(axis=1), ids, "logits", member)
@@ -102,14 +102,15 @@ def _check_finite(finite: Array, ids: Array, name: str, member: str) -> None:
 
 def fit_directions(
     model: torch.nn.Module, probes: Sequence[Probe], read: Callable[[Array], torch.Tensor], ids: Array, *, seed: int,
-    batch_size: int, memory: int, member: str,
+    batch_size: int, memory: int, member: str, precision: str = "float32",
 ) -> dict[int, Directions]:  # fmt: skip
     """Principal directions of the embeddings at every probe that is reduced by pca, by the probe's index.
 
     They are fitted to a sample of the points `ids`, int64 [n], drawn by `seed`: 4096 of them, or four for each
     direction where that is more, or all. read: the inputs of points by id, [B, ...] on the model's device. The sample
     runs through the network again and again and is never held; probes are fitted together as far as `memory` bytes
-    allow, one at a time at least. The result depends on batch_size in its rounding, on memory not at all.
+    allow, one at a time at least. The result depends on batch_size in its rounding, on memory not at all. precision:
+    that in which the embeddings are made that will be reduced.
     Raises LeadlineError where there are not more points than directions, and where an embedding is not finite.
     """
     sizes = {probe.index: parse_reduction(probe.reduction).size[0] for probe in probes if _is_principal(probe)}
@@ -125,7 +126,7 @@ def fit_directions(
     sample = np.sort(np.random.default_rng((seed, SAMPLE_SEED)).choice(ids, wanted, replace=False))
     directions: dict[int, Directions] = {}
     for group in _groups([probe for probe in probes if probe.index in sizes], sizes, memory):
-        stream = partial(_stream, model, probes, group, read, sample, batch_size, member)
+        stream = partial(_stream, model, probes, group, read, sample, batch_size, member, precision)
         with float32_products():
             found = principal_directions(stream, [sizes[index] for index in group])
         directions.update(zip(group, found, strict=True))
@@ -152,18 +153,48 @@ def _groups(probes: Sequence[Probe], sizes: Mapping[int, int], memory: int) -> l
 
 def _stream(
     model: torch.nn.Module, probes: Sequence[Probe], group: Sequence[int], read: Callable[[Array], torch.Tensor],
-    sample: Array, batch_size: int, member: str,
+    sample: Array, batch_size: int, member: str, precision: str,
 ) -> Iterator[list[torch.Tensor]]:  # fmt: skip
     """One pass: the embeddings of the sample at the probes of a group, batch by batch."""
     # The input and the softmax belong to every forward pass.
     passed = [probe for probe in probes if probe.index in group or probe.place is None]
     for first in range(0, len(sample), batch_size):
         ids = sample[first : first + batch_size]
-        embeddings, _ = read_probes(model, passed, read(ids))
+        inputs = read(ids)
+        with forward_pass(model, inputs.device, precision):
+            embeddings, _ = read_probes(model, passed, inputs)
         asked = [(p.name, values) for p, values in zip(passed, embeddings, strict=True) if p.index in group]
         for name, values in asked:
             _check_finite(values.isfinite().all(dim=1).cpu().numpy(), ids, name, member)
         yield [values for _, values in asked]
+
+
+@contextmanager
+def forward_pass(model: torch.nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """How a model runs wherever its embeddings or logits are read: in full float32, or in bfloat16 by autocast."""
+    rounds = precision == "bfloat16"
+    # Convolutions in bfloat16 are faster so; in float32 it would change the bits for nothing.
+    layout = channels_last(model) if rounds and device.type == "cuda" else nullcontext()
+    with float32_products(), torch.autocast(device.type, torch.bfloat16, enabled=rounds), layout:
+        yield
+
+
+@contextmanager
+def channels_last(model: torch.nn.Module) -> Iterator[None]:
+    """A model's weights of four dimensions lie channels-last for a while; what its convolutions give lies so too.
+
+    They do not ask how their inputs lie. The weights come back where they were: a training may have them in a CUDA
+    graph.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    before = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from leadline.embedding.extract import float32_products
+from leadline.embedding.extract import forward_pass
 from leadline.embedding.outputs import Array
 from leadline.members.probes import Probe, read_probe
 
@@ -15,13 +15,14 @@ class EmbeddedRows:
 
     read: the inputs of points by id, [B, ...] on the model's device; ids: int64 [n], of the rows' points, out of
     n_points. A run cuts its batches by point id, and the last bits of a value may depend on the batch: so each row is
-    made in its whole batch of batch_size points, and every reading gives the bits that a run without reductions stores.
+    made in its whole batch of batch_size points, and every reading gives the bits that a run without reductions stores,
+    with the same precision of the forward pass.
     Nothing is kept: whoever reads a row twice pays for two forward passes of its batch, which end at the probe.
     """
 
     def __init__(
         self, model: torch.nn.Module, probe: Probe, read: Callable[[Array], torch.Tensor], ids: Array, n_points: int,
-        batch_size: int,
+        batch_size: int, precision: str = "float32",
     ) -> None:  # fmt: skip
         self._model = model
         self._probe = probe
@@ -29,6 +30,7 @@ class EmbeddedRows:
         self._ids = ids
         self._n_points = n_points
         self._batch_size = batch_size
+        self._precision = precision
         self.shape = (len(ids), probe.width)
 
     def __getitem__(self, index: slice | Array, /) -> Array:
@@ -48,7 +50,8 @@ class EmbeddedRows:
         else:
             batch = np.arange(first, min(first + self._batch_size, self._n_points))
             places = wanted - first
-        with float32_products():
-            embeddings = read_probe(self._model, self._probe, self._read(batch))
+        inputs = self._read(batch)
+        with forward_pass(self._model, inputs.device, self._precision):
+            embeddings = read_probe(self._model, self._probe, inputs)
         chosen: Array = embeddings[torch.from_numpy(places).to(embeddings.device)].cpu().numpy()
         return chosen

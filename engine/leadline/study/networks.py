@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from leadline.embedding.extract import float32_products
+from leadline.embedding import forward_pass
 from leadline.errors import LeadlineError
 from leadline.knn import bank_on, count_votes
 from leadline.knn.arrays import Array, Shards
@@ -99,7 +99,7 @@ class Networks:
         shares, margins = [], []
         for first in range(0, len(points), size):
             inputs = torch.from_numpy(points.read(np.arange(first, min(first + size, len(points))))).to(self._device)
-            with torch.no_grad(), float32_products():
+            with torch.no_grad(), forward_pass(network, inputs.device, stored.config.precision):
                 shares.append(torch.softmax(network(inputs).float(), dim=1).cpu().numpy())
             margins.append(adversarial_input_margin(network, inputs, batch_size=size))
         softmax = np.concatenate(shares)

@@ -11,7 +11,7 @@ import torch
 from leadline.cluster.work import OUTPUTS, Member, blocks
 from leadline.cluster.workbench import Workbench
 from leadline.config import Training
-from leadline.embedding import batch_logits, embed_batch, embed_input, fit_directions
+from leadline.embedding import batch_logits, embed_batch, embed_input, fit_directions, forward_pass
 from leadline.embedding.principal import save_directions
 from leadline.embedding.reductions import choose_reductions, stored_width
 from leadline.knn.arrays import Array
@@ -41,7 +41,9 @@ def train(bench: Workbench, member: Member) -> int:
         train_network(model, bench.points, ids, recipe, member.seed, bench.device)
     model.float().to(bench.device)
     example = bench.inputs(np.zeros(1, np.int64))
-    probes = choose_reductions(bench.config.reduction, place_probes(model, member.config.placement, example))
+    with forward_pass(model, bench.device, bench.config.precision):  # what fails in it is told here
+        placed = place_probes(model, member.config.placement, example)
+    probes = choose_reductions(bench.config.reduction, placed)
     with replacing(directory.weights(member.name)) as beside:
         save_weights(model, beside)
     directions = _fit_directions(bench, member, model, probes)
@@ -77,7 +79,7 @@ def _train_watched(bench: Workbench, member: Member, model: torch.nn.Module, rec
         said = []
         for number, batch in enumerate(batches):
             inputs = kept[number] if keeps else bench.inputs(batch)
-            logits = batch_logits(model, inputs, int(batch[0]), member.name)
+            logits = batch_logits(model, inputs, int(batch[0]), member.name, bench.config.precision)
             said.append(label_outputs(logits, points.labels[batch]))
         measures = [field.name for field in fields(LabelOutputs)]
         table.add(step, **{name: np.concatenate([getattr(of_batch, name) for of_batch in said]) for name in measures})
@@ -94,6 +96,7 @@ def _fit_directions(bench: Workbench, member: Member, model: torch.nn.Module, pr
     found = fit_directions(
         model, probes, bench.inputs, bench.training_ids(member), seed=member.seed,
         batch_size=bench.config.engine.batch_size, memory=bench.config.engine.search_memory, member=member.name,
+        precision=bench.config.precision,
     )  # fmt: skip
     if not found:
         return None
@@ -130,7 +133,7 @@ def embed(bench: Workbench, members: Sequence[Member], shard: int) -> int:
             rows = slice(start - first, start - first + len(ids))
             for member, network, write_each, out in zip(members, networks, writes, outputs, strict=True):
                 model, probes, reducers = network
-                batch = embed_batch(model, probes, inputs, start, member.name, reducers)
+                batch = embed_batch(model, probes, inputs, start, member.name, reducers, bench.config.precision)
                 for write, values in zip(write_each, batch.embeddings[1:], strict=True):
                     write(values)
                 for field in OUTPUT_FIELDS:

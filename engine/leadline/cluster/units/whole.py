@@ -27,7 +27,7 @@ def whole(bench: Workbench, member: Member) -> int:
     room = EMBEDDED * (free_memory(bench.device) if on_gpu else bench.config.engine.search_memory)
     for group in probe_groups(probes, n, room):
         batches = ((int(some[0]), inputs) for some, inputs in bench.batches(0, n))
-        kept, outputs = embed_in_place(model, probes, reducers, group, batches, n, member.name)
+        kept, outputs = embed_in_place(model, probes, reducers, group, batches, n, member.name, bench.config.precision)
         for probe in group:
             started, embedded = time.perf_counter(), kept.pop(0)
             rows: Any = embedded if on_gpu else embedded.numpy()
