@@ -295,14 +295,13 @@ def _against_cpu(model: torch.nn.Module, inputs: torch.Tensor, labels: Any) -> l
     """At every probe: votes of 200 points in a bank of 4,000, on the GPU, the CPU and in float64."""
     n_bank, n_queries, rows = 4000, 200, []
     some = torch.utils.data.TensorDataset(inputs[:n_bank], torch.from_numpy(labels[:n_bank]))
-    points = one_model._Points(some, "bank", DEVICE)
+    points = one_model._Points(some, "bank", DEVICE, 256)
     placed = one_model.place_probes(model, "auto", inputs[:1].to(DEVICE))
     placed = one_model.choose_reductions("none", placed)
     exclude = np.arange(n_queries)
     for probe in placed:
-        batches = points.batches(256)
         reducers = one_model.make_reducers(placed, {})
-        (embedded,), _ = in_place.embed_in_place(model, placed, reducers, [probe.index], batches, n_bank, "bank")
+        (embedded,), _ = in_place.embed_in_place(model, placed, reducers, [probe.index], points.batches, n_bank, "bank")
         asked = embedded[:n_queries].clone()
         on_gpu, _ = DeviceBank(embedded, DEVICE).search(asked, K, exclude)
         on_cpu, _ = Bank(embedded.cpu().numpy()).search(asked.cpu().numpy(), K, exclude)

@@ -152,6 +152,26 @@ class Items:
         return self.items[place]
 
 
+@pytest.mark.parametrize(("room", "n_kept"), [(0, 0), (700 * 4 * 64, 512), (1200 * 4 * 64, 1200)])
+def test_inputs_that_have_room_are_read_once(digits, room, n_kept):
+    _, bank, _ = digits
+    read = []
+
+    class Counted(Items):
+        def __getitem__(self, place):
+            read.append(place)
+            return super().__getitem__(place)
+
+    points = one_model._Points(Counted(bank), "bank", torch.device("cpu"), 256)
+    assert points.batches._room == 0  # a CPU keeps nothing
+    points.batches._room = room
+    for passed in range(3):
+        read.clear()
+        inputs = torch.cat([of_batch for _, of_batch in points.batches])
+        assert torch.equal(inputs, bank.tensors[0]) and points.labels.tolist() == bank.tensors[1].tolist()
+        assert read == list(range(n_kept if passed else 0, 1200))
+
+
 @pytest.mark.parametrize(
     ("items", "words"),
     [

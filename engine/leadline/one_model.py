@@ -1,7 +1,7 @@
 """Depths of one PyTorch model in one process, in memory: no Ray, no files."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from leadline.depth import depth_from_votes, is_unsettled
 from leadline.embedding import fit_directions, forward_pass
-from leadline.embedding.in_place import EMBEDDED, embed_in_place, probe_groups
+from leadline.embedding.in_place import DECODED, EMBEDDED, embed_in_place, probe_groups
 from leadline.embedding.reductions import (
     Choice,
     check_patterns,
@@ -22,11 +22,11 @@ from leadline.errors import LeadlineError
 from leadline.knn import Votes, knn_votes, usable_method
 from leadline.knn.on_device import free_memory
 from leadline.members.probes import place_probes
+from leadline.points.kept import Batch, KeptBatches
 from leadline.store.schemas import vote_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FIT_BYTES = 4 << 30  # that a fit of principal directions may take
-DECODED = 0.1  # of a GPU's free memory, for inputs that are read again
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -77,14 +77,13 @@ def prediction_depth(
     )  # fmt: skip
     reducers = make_reducers(placed, directions)
     device = torch.device(device)
-    sets = [_Points(bank, "bank", device)] + ([_Points(queries, "queries", device)] if queries is not None else [])
+    given = {"bank": bank} | ({"queries": queries} if queries is not None else {})
+    sets = [_Points(points, name, device, batch_size) for name, points in given.items()]
     exclude = np.arange(len(bank)) if queries is None else None
     votes: list[Votes] = []
     for group in probe_groups(placed, sum(len(points) for points in sets), _room(device)):
         embedded = [
-            embed_in_place(
-                model, placed, reducers, group, points.batches(batch_size), len(points), points.name, precision
-            )
+            embed_in_place(model, placed, reducers, group, points.batches, len(points), points.name, precision)
             for points in sets
         ]
         bank_labels, (labels, outputs) = sets[0].labels, (sets[-1].labels, embedded[-1][1])
@@ -110,29 +109,24 @@ def prediction_depth(
 
 
 class _Points:
-    """A data set of (input, label), read a batch at a time; its inputs stay on a GPU where they are few."""
+    """A data set of (input, label) in batches, whose inputs stay on a GPU as far as a tenth of its free memory goes.
 
-    def __init__(self, points: Any, name: str, device: torch.device) -> None:
+    `labels` are read by the way.
+    """
+
+    def __init__(self, points: Any, name: str, device: torch.device, batch_size: int) -> None:
         self._points, self.name, self._device = points, name, device
         self.labels = np.empty(len(points), np.int64)
-        self._room = int(DECODED * free_memory(device)) if device.type == "cuda" else 0
-        self._kept: list[torch.Tensor] = []
+        ids = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
+        self.batches = KeptBatches(ids, self._batches, DECODED * free_memory(device) if device.type == "cuda" else 0)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The number of the first point of each batch, and its inputs on the device; `labels` are read by the way."""
-        for number, first in enumerate(range(0, len(self), size)):
-            if number < len(self._kept):
-                yield first, self._kept[number]
-                continue
-            ids = np.arange(first, min(first + size, len(self)))
+    def _batches(self, batches: Iterable[Array]) -> Iterator[Batch]:
+        for ids in batches:
             inputs, self.labels[ids] = _read(self._points, ids, self.name, self._device)
-            self._room -= inputs.nbytes
-            if self._room >= 0:
-                self._kept.append(inputs)
-            yield first, inputs
+            yield ids, inputs
 
 
 def _room(device: torch.device) -> float:

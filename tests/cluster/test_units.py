@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_common import by_brute_force
 from tiny import TINY, embedded
 
-from leadline.cluster.units import embed, part, share, vote
+from leadline.cluster.units import embed, part, share, vote, whole
 from leadline.cluster.work import common_bank_parts, list_members
 from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
@@ -148,3 +148,31 @@ def test_neighbours_that_are_shared_from_parts_are_those_of_one_search_and_of_a_
             for point, neighbours in np.load(made):
                 expected = by_brute_force(inputs, common.ids, common.k, point, leave_one_out)
                 assert neighbours.tolist() == expected.tolist()
+
+
+def test_members_made_whole_share_one_reading_of_the_points(tmp_path, monkeypatch):
+    """As far as there is room, which a CPU has none of; and units that embed a shard keep nothing."""
+    # So little memory that every probe goes through the network alone.
+    config = {**TINY, "engine": {**TINY["engine"], "placement": "device", "memory_budget": 400_000}}
+    bench, directory, members = embedded(config, tmp_path)
+    read, inputs, n = [], bench.inputs, len(bench.points)
+    monkeypatch.setattr(bench, "inputs", lambda ids: read.extend(ids.tolist()) or inputs(ids))
+    embed(bench, members, 0)
+    embed(bench, members, 0)
+    assert read == 2 * list(range(*bench.shards[0]))
+
+    def votes():
+        parts = [directory.votes_part(members[0].name, probe, 0) for probe in range(4)]
+        return [np.load(path).tolist() for path in parts]
+
+    read.clear()
+    whole(bench, members[0])
+    expected = votes()
+    assert read == 4 * list(range(n))
+    # Room for ten batches of 64 inputs of 64 values, and a little more.
+    monkeypatch.setattr(bench.all_batches, "_room", 10 * 64 * 4 * 64 + 1)
+    read.clear()
+    for member in members:
+        whole(bench, member)
+    assert read == list(range(n)) + 11 * list(range(640, n))
+    assert votes() == expected

@@ -20,7 +20,7 @@ from leadline.cluster.rates import BACKWARD, Network, Rates
 from leadline.cluster.work import OUTPUTS, VOTES, Member, blocks, found_by_point, found_in_part, may_err, shard_edges
 from leadline.config import Learning, Training
 from leadline.embedding.extract import SAMPLE, SAMPLE_OF_EACH
-from leadline.embedding.in_place import EMBEDDED, probe_groups
+from leadline.embedding.in_place import DECODED, EMBEDDED, probe_groups
 from leadline.embedding.principal import PASSES, search_bytes
 from leadline.embedding.reductions import parse_reduction, stored_width
 from leadline.knn.choice import candidates
@@ -503,21 +503,35 @@ class _Reckoning:
                     )  # fmt: skip
 
     def _whole(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
-        """All points go through the network once for each group of probes that is kept where the network runs."""
+        """All points go through the network once for each group of probes that is kept where the network runs.
+
+        What a GPU keeps of their inputs is read in its worker's first pass alone.
+        """
         graph, engine = self.graph, self.graph.config.engine
         for member in members:
             probes, network = graph.probes[member.architecture], self.networks[member.architecture]
             held = min(engine.group_size, len(graph.members)) * network.weights  # so many stay with a worker
             free = engine.search_memory if self.device is None else KEPT * (self.device - held)
-            groups = probe_groups(probes, graph.points, EMBEDDED * free)
+            decoded = 0 if self.device is None else self._decoded(DECODED * free)
+            of_one = 4 * math.prod(self._input.shape)
+            inputs = decoded * of_one
+            later = number >= self.places  # a worker's first member finds nothing decoded
+            groups = probe_groups(probes, graph.points, EMBEDDED * (free - later * KEPT * inputs))
             passed = graph.points * len(groups)
+            read = passed - decoded * (len(groups) - 1 + later)
             stage.work += graph.points * len(probes)
             stage.written += len(probes) * self._found(VOTES) + self._outputs
-            stage.read += 4 * passed * math.prod(self._input.shape)
+            stage.read += read * of_one
             stage.flops += passed * network.forward
-            stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
+            stage.seconds += read * self.rates.read + passed * self.rates.embed[member.architecture]
             for group in groups:
-                self._in_place(stage, member, [probes[index] for index in group], held)
+                self._in_place(stage, member, [probes[index] for index in group], held + inputs)
+
+    def _decoded(self, room: float) -> int:
+        """Points whose inputs stay on a device, in whole batches; room: bytes for them."""
+        n, batch_size = self.graph.points, self.graph.config.engine.batch_size
+        fit = max(0, int(room // (4 * math.prod(self._input.shape))))
+        return n if fit >= n else fit // batch_size * batch_size
 
     def _in_place(self, stage: Stage, member: Member, group: Sequence[Probe], held: int) -> None:
         """Searches of probes whose embeddings are kept together, each until it is searched; held: bytes beside them."""

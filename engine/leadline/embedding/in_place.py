@@ -12,6 +12,7 @@ from leadline.embedding.reductions import Reducer, stored_width
 from leadline.members.probes import Probe
 
 EMBEDDED = 0.3  # of the memory that there is, for embeddings that are kept together: their search takes of the rest
+DECODED = 0.1  # of a GPU's, for inputs that every pass would read again
 
 
 def probe_groups(probes: Sequence[Probe], n_points: int, room: float) -> list[list[int]]:
@@ -33,19 +34,20 @@ def probe_groups(probes: Sequence[Probe], n_points: int, room: float) -> list[li
 
 def embed_in_place(
     model: torch.nn.Module, probes: Sequence[Probe], reducers: Sequence[Reducer], group: Sequence[int],
-    batches: Iterable[tuple[int, torch.Tensor]], n_points: int, name: str, precision: str = "float32",
+    batches: Iterable[tuple[Array, torch.Tensor]], n_points: int, name: str, precision: str = "float32",
 ) -> tuple[list[torch.Tensor], dict[str, Array]]:  # fmt: skip
     """Embeddings at the probes of a group, float32 [N, stored width] each, on the device; and the outputs, [N] each.
 
-    batches: the number of the first point of each, and its inputs on the model's device. Raises LeadlineError as
-    `embed_batch` does.
+    batches: the ids of its points, which follow one another, and their inputs on the model's device. Raises
+    LeadlineError as `embed_batch` does.
     """
     # The input and the softmax belong to every forward pass.
     passed = [probe for probe in probes if probe.index in group or probe.place is None]
     wanted = [i for i, probe in enumerate(passed) if probe.index in group]
     kept: list[torch.Tensor] = []
     parts: list[Outputs] = []
-    for first, inputs in batches:
+    for ids, inputs in batches:
+        first = int(ids[0])
         some, outputs = embed_resident(
             model, passed, inputs, first, name, [reducers[probe.index] for probe in passed], precision
         )

@@ -19,15 +19,17 @@ from leadline.store.schemas import OUTPUT_FIELDS
 def whole(bench: Workbench, member: Member) -> int:
     """Embed all points and vote at every probe. Returns the number of votes.
 
-    The points go through the network once for each group of probes that there is room for.
+    The points go through the network once for each group of probes that there is room for; their inputs may stay on
+    the device, and not only for this member (see `Workbench.all_batches`).
     """
     model, probes, reducers = bench.network(member)
     n, ids, on_gpu = len(bench.points), bench.training_ids(member), bench.device.type == "cuda"
     own, labels = bench.left_out(ids, np.arange(n)), bench.points.labels[ids]
     room = EMBEDDED * (free_memory(bench.device) if on_gpu else bench.config.engine.search_memory)
     for group in probe_groups(probes, n, room):
-        batches = ((int(some[0]), inputs) for some, inputs in bench.batches(0, n))
-        kept, outputs = embed_in_place(model, probes, reducers, group, batches, n, member.name, bench.config.precision)
+        kept, outputs = embed_in_place(
+            model, probes, reducers, group, bench.all_batches, n, member.name, bench.config.precision
+        )
         for probe in group:
             started, embedded = time.perf_counter(), kept.pop(0)
             rows: Any = embedded if on_gpu else embedded.numpy()
