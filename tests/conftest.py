@@ -20,7 +20,6 @@ import pytest
 import yaml
 from tiny import STUDIED, TINY, WATCHED
 
-
 WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py")
 
 

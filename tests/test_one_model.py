@@ -189,6 +189,21 @@ def test_bad_data_sets_are_named(digits, items, words):
         leadline.prediction_depth(digits[0], Items(items))
 
 
+def test_no_queries_and_devices_that_are_not_here_are_named(digits):
+    model, bank = digits[:2]
+    with pytest.raises(LeadlineError, match="queries: the data set is empty"):
+        leadline.prediction_depth(model, bank, Items([]))
+    with pytest.raises(LeadlineError, match="device: cuda:99: torch sees"):
+        leadline.prediction_depth(model, bank, device="cuda:99")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_several_gpus_share_the_searches(digits):
+    model, bank = digits[:2]
+    one, two = (leadline.prediction_depth(model, bank, device=d) for d in ("cuda:1", ["cuda:1", "cuda:0"]))
+    assert one.equals(two)
+
+
 def test_importing_and_calling_needs_no_ray_duckdb_or_pydantic():
     program = """
 import sys

@@ -19,7 +19,7 @@ from leadline.embedding.reductions import (
     make_reducers,
 )
 from leadline.errors import LeadlineError
-from leadline.knn import Votes, knn_votes, usable_method
+from leadline.knn import Devices, Votes, devices_of, knn_votes, usable_method
 from leadline.knn.on_device import free_memory
 from leadline.members.probes import place_probes
 from leadline.points.kept import Batch, KeptBatches
@@ -28,11 +28,12 @@ from leadline.store.schemas import vote_columns
 Array = np.ndarray[Any, np.dtype[Any]]
 FIT_BYTES = 4 << 30  # that a fit of principal directions may take
 PRECISIONS = ("float32", "bfloat16")
+EMPTY = "the data set is empty; give at least one point"
 
 
 def prediction_depth(
     model: torch.nn.Module, bank: Any, queries: Any = None, *, probes: str | Sequence[str] = "auto", k: int = 30,
-    method: str = "exact", batch_size: int = 256, device: str | torch.device | None = None, reduction: Choice = "none",
+    method: str = "exact", batch_size: int = 256, device: Devices | None = None, reduction: Choice = "none",
     precision: str = "float32",
 ) -> pa.Table:  # fmt: skip
     """Prediction depth of each query under one model (definition: `leadline.depth_from_votes`).
@@ -42,7 +43,8 @@ def prediction_depth(
     architectures that Leadline brings) or module names, with wildcards; the input and the softmax are always probes.
     device: where the model and the searches run, by default where the model's parameters lie, and where embeddings are
     kept, (bank + queries) x the sum of the stored widths x 4 bytes. A GPU takes as many probes at a time as its memory
-    allows, and runs the points through the model once for each such group.
+    allows, and runs the points through the model once for each such group. Of a list of GPUs the first has the model
+    and the embeddings, and all of them share the searches, as in `leadline.knn_votes`.
     precision: of the forward pass, "float32" or "bfloat16" (autocast), which changes the embeddings. In bfloat16 on a
     GPU convolutions give tensors that lie channels-last, which a model may `reshape` or `flatten`, but not `view`.
     reduction: what is stored of the embeddings: "none", "pca:M" (fitted to the bank), "jl:M" or "pool:HxW" for all but
@@ -55,8 +57,8 @@ def prediction_depth(
     schema's metadata under "probes" and "reductions", one a line, and the precision under "precision".
 
     Raises LeadlineError for empty or unreadable data sets, labels out of range, values that are not finite, fewer than
-    k bank points to choose from, reductions that are unknown or do not fit the probes, and a method that is not known
-    or whose package or GPU is missing.
+    k bank points to choose from, reductions that are unknown or do not fit the probes, devices that are not here, and a
+    method that is not known or whose package or GPU is missing.
     """
     if batch_size < 1:
         raise LeadlineError(f"batch_size: {batch_size}; give at least 1")
@@ -65,23 +67,24 @@ def prediction_depth(
     usable_method(method)  # before the work of embedding, not after it
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    model = model.to(device)
-    example = _read(bank, np.zeros(1, np.int64), "bank", device)[0]
+    devices = devices_of(device)
+    first = devices[0]
+    model = model.to(first)
+    example = _read(bank, np.zeros(1, np.int64), "bank", first)[0]
     with forward_pass(model, example.device, precision):  # what fails in it is told here
         placed = place_probes(model, probes, example)
     check_patterns(checked_choice(reduction), [probe.name for probe in placed])
     placed = choose_reductions(reduction, placed)
     directions = fit_directions(
-        model, placed, lambda ids: _read(bank, ids, "bank", device)[0], np.arange(len(bank)), seed=0,
+        model, placed, lambda ids: _read(bank, ids, "bank", first)[0], np.arange(len(bank)), seed=0,
         batch_size=batch_size, memory=FIT_BYTES, member="bank", precision=precision,
     )  # fmt: skip
     reducers = make_reducers(placed, directions)
-    device = torch.device(device)
     given = {"bank": bank} | ({"queries": queries} if queries is not None else {})
-    sets = [_Points(points, name, device, batch_size) for name, points in given.items()]
+    sets = [_Points(points, name, first, batch_size) for name, points in given.items()]
     exclude = np.arange(len(bank)) if queries is None else None
     votes: list[Votes] = []
-    for group in probe_groups(placed, sum(len(points) for points in sets), _room(device)):
+    for group in probe_groups(placed, sum(len(points) for points in sets), _room(first)):
         embedded = [
             embed_in_place(model, placed, reducers, group, points.batches, len(points), points.name, precision)
             for points in sets
@@ -91,7 +94,7 @@ def prediction_depth(
             # Each probe's embeddings are gone before the next one's search.
             rows, asked = embedded[0][0].pop(0), embedded[-1][0].pop(0) if queries is not None else None
             points = rows if asked is None else asked
-            votes.append(knn_votes(rows, bank_labels, points, k=k, exclude=exclude, method=method, device=device))
+            votes.append(knn_votes(rows, bank_labels, points, k=k, exclude=exclude, method=method, device=devices))
             del rows, asked, points
     depths = depth_from_votes(np.stack([vote.winner for vote in votes], axis=1), outputs["prediction"])
     columns = {
@@ -115,6 +118,8 @@ class _Points:
     """
 
     def __init__(self, points: Any, name: str, device: torch.device, batch_size: int) -> None:
+        if not len(points):
+            raise LeadlineError(f"{name}: {EMPTY}")
         self._points, self.name, self._device = points, name, device
         self.labels = np.empty(len(points), np.int64)
         ids = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
@@ -143,7 +148,7 @@ def _read(points: Any, ids: Array, name: str, device: Any) -> tuple[torch.Tensor
 def _item(points: Any, place: int, name: str) -> tuple[torch.Tensor, int]:
     """One (input, label) of a data set."""
     if place >= len(points):
-        raise LeadlineError(f"{name}: the data set is empty; give at least one point")
+        raise LeadlineError(f"{name}: {EMPTY}")
     item = points[place]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise LeadlineError(f"{name}: item {place} is {type(item).__name__}; give data sets of (input, label)")

@@ -4,7 +4,7 @@ from leadline.knn.exact import MEMORY, NOTHING, Bank, Cost
 from leadline.knn.indexes import Index, build_index, load_index, usable_method
 from leadline.knn.methods import Method, parse_method
 from leadline.knn.on_device import DeviceBank
-from leadline.knn.on_devices import ExactBank, SharedBank, bank_on
+from leadline.knn.on_devices import Devices, ExactBank, SharedBank, bank_on, devices_of
 from leadline.knn.rank import merged
 from leadline.knn.votes import Neighbours, Votes, count_votes, knn_votes
 
@@ -14,6 +14,7 @@ __all__ = [
     "Bank",
     "Cost",
     "DeviceBank",
+    "Devices",
     "ExactBank",
     "Index",
     "Method",
@@ -23,6 +24,7 @@ __all__ = [
     "bank_on",
     "build_index",
     "count_votes",
+    "devices_of",
     "knn_votes",
     "load_index",
     "merged",

@@ -437,11 +437,11 @@ def _measure(
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Bank rows [P] in tiles as `shape` says, each of one cell. values: float16 [P, D'] (`round_rows`), or float32 [P, D]
-    where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the lengths of
-    its rounded rows and of what rounding took; inner and outer, the least and greatest distance from the centre. apart
-    float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the nearest cells
-    first, and their cells.
+    """Bank rows [P] in tiles as `shape` says, each of one cell. values: float16 [P, D'] (`round_rows`), or float32
+    [P, D] where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the
+    lengths of its rounded rows and of what rounding took; inner and outer, the least and greatest distance from the
+    centre. apart float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the
+    nearest cells first, and their cells.
     """
 
     values: torch.Tensor
