@@ -74,22 +74,17 @@ def rates(section: dict[str, Any]) -> None:
         "Shares: of the product's rate. Times: what the fastest other exact search takes, in Leadline's; mm + topk in"
     )
     print("bfloat16 is not exact.\n")
-    heads = (
-        *(NAMES[name] for name in ways),
-        "share, nothing pruned",
-        "pruned",
-        "times, nothing pruned",
-        "pruned",
-        "exact in 64",
-    )
+    shares = ("share, nothing pruned", "pruned")
+    heads = (*(NAMES[name] for name in ways), *shares, "times, nothing pruned", "pruned", "first search", "exact in 64")
     _head(["rows", *heads])
     for title, row in rows.items():
         medians = row["medians"]
         seconds = [f"{medians[name]:.3f}" if name in medians else "" for name in ways]
-        shares = [f"{row[name]:.3f}" for name in ("fraction_of_product", "fraction_with_pruning")]
+        rates_ = [f"{row[name]:.3f}" for name in ("fraction_of_product", "fraction_with_pruning")]
         others = min(medians[name] for name in EXACT_OTHERS if name in medians)
         times = [f"{others / medians[name]:.1f}" for name in ("leadline, without pruning", "leadline")]
-        _row([title, *seconds, *shares, *times, "yes" if row["equal_to_float64"] else "no"])
+        first = f"{row['first']['leadline, without pruning']:.1f}" if "first" in row else "not kept"
+        _row([title, *seconds, *rates_, *times, first, "yes" if row["equal_to_float64"] else "no"])
 
 
 def layer(section: dict[str, Any]) -> None:
