@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -109,11 +110,11 @@ def checks() -> dict[str, Any]:
         for name, bank in hard_inputs().items():
             for narrow in (64, 4) if bank.shape[1] < 64 else (64,):
                 on_device.NARROW = narrow
-                for leave_out in (False, True):
+                for leave_out, screen in product((False, True), ("float16", "int8")):
                     queries, exclude = bank[:40], np.arange(40) if leave_out else None
-                    ready = DeviceBank(torch.from_numpy(bank).to(DEVICE), DEVICE)
+                    ready = DeviceBank(torch.from_numpy(bank).to(DEVICE), DEVICE, screen=screen)
                     chosen, cost = ready.search(torch.from_numpy(queries).to(DEVICE), 10, exclude)
-                    case = f"{name}, narrow below {narrow}, leave one out: {leave_out}"
+                    case = f"{name}, {screen}, narrow below {narrow}, leave one out: {leave_out}"
                     if not np.array_equal(chosen, brute_force(bank, queries, 10, exclude)):
                         wrong.append(case)
                     rows.append([case, ready.plan, cost.certified, cost.reranked, cost.fell_through])
@@ -129,24 +130,28 @@ def rates() -> dict[str, Any]:
     for kind in ("gaussian", "latent"):
         for width in WIDTHS:
             rows = gaussian(ROWS, width) if kind == "gaussian" else latent(ROWS, width)
-            found[f"{kind}, D = {width}"] = _rates_of(rows)
+            # Of wide noise int8 leaves so many rows that all queries would be searched in float64.
+            found[f"{kind}, D = {width}"] = _rates_of(rows, in_int8=kind == "latent" or width == min(WIDTHS))
             print(kind, width, json.dumps(found[f"{kind}, D = {width}"]), flush=True)
             del rows
             torch.cuda.empty_cache()
     return found
 
 
-def _rates_of(rows: torch.Tensor) -> dict[str, Any]:
+def _rates_of(rows: torch.Tensor, in_int8: bool) -> dict[str, Any]:
     """Seconds of each way, medians of ROUNDS in turns. The search makes the bank ready too."""
     half, n = rows.bfloat16(), len(rows)
     some = slice(0, n // 8)  # of the queries, for what is slow
     ways: dict[str, tuple[Callable[[], Any], float]] = {
         "matrix product in bfloat16": (lambda: _product(half, half), 1),
         "leadline, without pruning": (lambda: _search(rows, pruned=False), 1),
-        "leadline": (lambda: _search(rows, pruned=True), 1),
+        "leadline": (lambda: _search(rows), 1),
         "torch mm + topk in bfloat16": (lambda: _mm_topk(half[some], half), 8),
         "torch mm + topk in float32": (lambda: _mm_topk(rows[some], rows), 8),
     }
+    if in_int8:
+        ways["leadline in int8, without pruning"] = (lambda: _search(rows, pruned=False, screen="int8"), 1)
+        ways["leadline in int8"] = (lambda: _search(rows, screen="int8"), 1)
     if _has_faiss():
         ways["faiss GPU Flat"] = (lambda: _faiss(rows[some], rows), 8)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -160,21 +165,26 @@ def _rates_of(rows: torch.Tensor) -> dict[str, Any]:
                 else:
                     first[name] = took  # kernels are compiled, or read from where they are kept
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    product, ours = medians["matrix product in bfloat16"], medians["leadline, without pruning"]
+    limit, ours = medians["matrix product in bfloat16"], medians["leadline, without pruning"]
     exact_others = [took for name, took in medians.items() if name in ("torch mm + topk in float32", "faiss GPU Flat")]
     ready = DeviceBank(rows, DEVICE)
     _, cost = ready.nearest(rows, K, np.arange(n))
     truth = _agreement(rows, rows, np.arange(n), ready, 64)
     return {
         "medians": medians, "each": seconds, "first": first,
-        "tflops_of_product": 2 * n * n * rows.shape[1] / product / 1e12,
-        "fraction_of_product": product / ours, "fraction_with_pruning": product / medians["leadline"],
+        "tflops_of_product": 2 * n * n * rows.shape[1] / limit / 1e12,
+        "fraction_of_product": limit / ours, "fraction_with_pruning": limit / medians["leadline"],
         "times_the_best_exact_other": min(exact_others) / medians["leadline"],
         "times_the_best_exact_other_without_pruning": min(exact_others) / ours,
         "certified": cost.certified, "reranked": cost.reranked, "fell_through": cost.fell_through,
         "rows_measured_a_query": cost.measured / n, "pairs_of_all": cost.pairs / n / n,
-        "equal_to_float64": truth, "plan": ready.plan,
+        "equal_to_float64": truth, "plan": ready.plan, "in_int8": _cost_in_int8(rows) if in_int8 else None,
     }  # fmt: skip
+
+
+def _cost_in_int8(rows: torch.Tensor) -> dict[str, float]:
+    _, cost = DeviceBank(rows, DEVICE, screen="int8").nearest(rows, K, np.arange(len(rows)))
+    return {"rows_measured_a_query": cost.measured / len(rows), "fell_through": cost.fell_through}
 
 
 def layer() -> dict[str, Any]:
@@ -372,10 +382,10 @@ def cifar10(folder: Path) -> tuple[torch.Tensor, torch.Tensor, int]:
     return inputs.contiguous(), torch.from_numpy(labels), len(tables[0])
 
 
-def _search(rows: torch.Tensor, pruned: bool) -> None:
+def _search(rows: torch.Tensor, pruned: bool = True, screen: str = "float16") -> None:
     on_device.PRUNED = pruned
     try:
-        DeviceBank(rows, DEVICE).nearest(rows, K, np.arange(len(rows)))
+        DeviceBank(rows, DEVICE, screen=screen).nearest(rows, K, np.arange(len(rows)))
     finally:
         on_device.PRUNED = True
 

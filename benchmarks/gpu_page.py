@@ -21,6 +21,7 @@ SECTIONS = {
 }
 # What no section of gpu.py looks at.
 OUTSIDE = (
+    "screens in int8, where no table above has them",
     "GPUs other than those above, on which shapes of tiles are tried out",
     "runs on a GPU, with `engine.placement: device` or another, and `leadline doctor` there",
     "the tests that need a GPU",
@@ -29,6 +30,8 @@ NAMES = {
     "matrix product in bfloat16": "product",
     "leadline, without pruning": "nothing pruned",
     "leadline": "pruned",
+    "leadline in int8, without pruning": "int8, nothing pruned",
+    "leadline in int8": "int8, pruned",
     "torch mm + topk in bfloat16": "mm + topk, bfloat16",
     "torch mm + topk in float32": "mm + topk, float32",
     "faiss GPU Flat": "faiss Flat",

@@ -93,22 +93,23 @@ SLOW_DIRECT = ("float64", "offset by 1e4", "constant columns", "saturated softma
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "float16") for name in hard_inputs()]
+    [(name, kind) for kind in ("float16", "int8") for name in hard_inputs()]
     + [pytest.param(name, "float32", marks=[pytest.mark.slow] * (name in SLOW_DIRECT)) for name in hard_inputs()],
 )
 def test_neighbours_are_those_of_float64_brute_force(kernels, monkeypatch, name, kind):
     bank = few(hard_inputs()[name])
-    if kind == "float16":
+    if kind != "float32":
         monkeypatch.setattr(on_device, "NARROW", 1)
     elif bank.shape[1] >= on_device.NARROW:
         pytest.skip("rows so wide are always rounded")
     queries, exclude = asked_of(bank)
-    ready, cost = check(bank, queries, K, exclude)
+    ready = DeviceBank(tensor(bank), DEVICE, screen="int8" if kind == "int8" else "float16")
+    _, cost = check(bank, queries, K, exclude, ready)
     assert cost.certified + cost.reranked + cost.fell_through == len(queries)
     if name == "plain":
         assert cost.fell_through == 0
     scale = ready._whole._scale
-    if 2.0**-100 < scale < 2.0**100 and (bank.dtype == np.float32 or kind == "float16"):
+    if 2.0**-100 < scale < 2.0**100 and (bank.dtype == np.float32 or kind != "float32"):
         assert kind in ready.plan
         assert cost.visits > 0
         assert ready.size_bytes > 0
@@ -295,9 +296,10 @@ def test_no_queries_have_no_neighbours(kernels):
     offset=st.sampled_from([0.0, 1.0, 1e6]),
     scale=st.sampled_from([1e-25, 1.0, 1e25]),
     narrow=st.sampled_from([1, 64]),
+    screen=st.sampled_from(["float16", "int8"]),
 )
-def test_ties_of_any_input_go_to_the_lower_row(kernels, seed, n_bank, width, levels, offset, scale, narrow):
-    _check_ties(seed, n_bank, width, levels, offset, scale, np.float32, narrow)
+def test_ties_of_any_input_go_to_the_lower_row(kernels, seed, n_bank, width, levels, offset, scale, narrow, screen):
+    _check_ties(seed, n_bank, width, levels, offset, scale, np.float32, narrow, screen)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -314,14 +316,15 @@ def test_ties_go_to_the_lower_row_without_triton_too(no_triton, seed, n_bank, wi
     _check_ties(seed, n_bank, width, levels, offset, scale, dtype, 64)
 
 
-def _check_ties(seed, n_bank, width, levels, offset, scale, dtype, narrow):
+def _check_ties(seed, n_bank, width, levels, offset, scale, dtype, narrow, screen="float16"):
     random = np.random.default_rng(seed)
     rows = ((random.integers(0, levels, (n_bank + 3, width)) + offset) * scale).astype(dtype)
     bank, queries = rows[:n_bank], rows[-5:]  # two of the bank's own
     exclude = random.integers(-1, n_bank, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_device, "NARROW", narrow)
-        check(bank, queries, int(random.integers(1, n_bank)), exclude)
+        ready = DeviceBank(tensor(bank), DEVICE, screen=screen)
+        check(bank, queries, int(random.integers(1, n_bank)), exclude, ready)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -440,13 +443,13 @@ def _errors(out, a, lam, rho, slip, longest, lost, n, gamma, SLACK: tl.constexpr
     tl.store(out + at, error, mask=inside)
 
 
-def estimated(monkeypatch, bank, queries):
+def estimated(monkeypatch, bank, queries, screen="float16"):
     """Of all queries and rows [Q, M]: the kernel's squared distance, what it may be off by, and the true one."""
     monkeypatch.setattr(fused, "RUN", 1)
     monkeypatch.setattr(fused, "CAPACITY", 2048 if HAS_GPU else 512)
     for name in ("bound", "refine"):  # no limit is ever set
         monkeypatch.setattr(fused, name, lambda *_: None)
-    tile = DeviceBank(tensor(bank), DEVICE)._whole
+    tile = DeviceBank(tensor(bank), DEVICE, screen=screen)._whole
     made = tile._made
     none = torch.full((len(queries),), -1, device=DEVICE)
     q, order, _, _ = tile._screened(tensor(queries), 1, none)
@@ -461,7 +464,14 @@ def estimated(monkeypatch, bank, queries):
     error = torch.empty_like(a)
     block = 4096
     _errors[(triton.cdiv(len(a), block),)](
-        error, a, *of_query, *of_tile, len(a), fused.roundoff(bank.shape[1]), SLACK=fused.SLACK, BLOCK=block
+        error,
+        a,
+        *of_query,
+        *of_tile,
+        len(a),
+        fused.roundoff(bank.shape[1], made.values.dtype),
+        SLACK=fused.SLACK,
+        BLOCK=block,
     )
     i, j = order[place].cpu().numpy(), tile._order[slot].cpu().numpy()
     found, errors = np.full((2, len(queries), len(bank)), np.nan)
@@ -484,15 +494,32 @@ def _values(name, n, width):
 @pytest.mark.parametrize("width", [24, 1100])
 @pytest.mark.parametrize("far", [1, 30, 1e6])
 @pytest.mark.parametrize("name", ["normal", "clusters", "subnormal"])
-def test_estimates_err_by_no_more_than_they_say(kernels, monkeypatch, name, far, width):
+@pytest.mark.parametrize("screen", ["float16", "int8"])
+def test_estimates_err_by_no_more_than_they_say(kernels, monkeypatch, name, far, width, screen):
     monkeypatch.setattr(on_device, "NARROW", 1)
     bank = _values(name, 80, width)
     queries = (bank[:5] * np.float32(far)).astype(np.float32)
     queries[2:] += _values(name, 3, width)
-    found, error, true = estimated(monkeypatch, bank, queries)
+    found, error, true = estimated(monkeypatch, bank, queries, screen)
     assert (np.abs(found - true) <= error).all()
     if far == 1 and name != "subnormal":
         assert error.max() < 0.05 * true.max()  # and they say something
+
+
+@pytest.mark.parametrize("of", ["rows", "queries"])
+def test_rounding_to_levels_that_lies_along_the_other_vector_is_counted_in_full(kernels, monkeypatch, of):
+    """The same in int8, where the largest value of a row decides between which levels the others lie."""
+    monkeypatch.setattr(on_device, "WORTH", 0)
+    random, width, n = np.random.default_rng(6), 256, 60
+    rounded = random.integers(20, 120, (n, width)) + random.uniform(0.2, 0.45, (n, 1))
+    whole = np.repeat(random.integers(60, 127, (n, 1)), width, axis=1).astype(float)
+    rounded[:, 0] = whole[:, 0] = 127
+    bank, queries = (rounded, whole) if of == "rows" else (whole, rounded)
+    bank = np.concatenate([bank, -bank] * (2 if HAS_GPU else 1)).astype(np.float32) / 128
+    found, error, true = estimated(monkeypatch, bank, queries[:6].astype(np.float32) / 128, "int8")
+    off = np.abs(found - true)
+    assert (off <= error).all()
+    assert (off / error).max() > 0.7
 
 
 @pytest.mark.parametrize("of", ["rows", "queries"])
@@ -535,6 +562,8 @@ def listed(q, made, order):
     [
         ("in a plane", "float32"),
         ("in a plane", "float16"),
+        ("in a plane", "int8"),
+        *((name, "int8") for name in ("plain", "unequal clusters")),
         *((name, "float16") for name in ("plain", "offset by 1e4", "saturated softmax", "unequal clusters")),
         *((name, "float32") for name in ("plain", "unequal clusters", "near ties")),
     ],
@@ -544,7 +573,7 @@ def test_no_row_within_the_limit_is_left_out(kernels, monkeypatch, name, kind):
 
     In a plane many queries lie near the border of a cell, and their neighbours beyond it.
     """
-    monkeypatch.setattr(on_device, "NARROW", 1 if kind == "float16" else 64)
+    monkeypatch.setattr(on_device, "NARROW", 64 if kind == "float32" else 1)
     in_plane = name == "in a plane"
     if in_plane:
         monkeypatch.setattr(on_device, "OF_A_CELL", 20)
@@ -552,7 +581,7 @@ def test_no_row_within_the_limit_is_left_out(kernels, monkeypatch, name, kind):
     else:
         bank = few(hard_inputs()[name])
     queries = bank[: 40 if in_plane else 12]
-    tile = DeviceBank(tensor(bank), DEVICE)._whole
+    tile = DeviceBank(tensor(bank), DEVICE, screen="int8" if kind == "int8" else "float16")._whole
     differences = queries[:, None].astype(np.longdouble) - bank
     true = np.square(differences * tile._scale).sum(axis=2).astype(np.float64)
     limits = np.array([np.sort(row)[(1, 3, 10, 30)[i % 4]] for i, row in enumerate(true)])
@@ -583,7 +612,7 @@ def test_rows_are_rounded_about_their_centres(width):
     rows = (random.standard_normal((9, width)) * 10.0 ** random.integers(-9, 3, (9, width))).astype(np.float32)
     order, cell = np.array([3, -1, 8, 0]), np.array([1, 0, 0, 1], np.int32)
     centre, centres, scale = random.standard_normal(width), random.standard_normal((2, width)), 0.25
-    values, squares, lost = fused.round_rows(
+    values, _, squares, lost = fused.round_rows(
         tensor(rows), tensor(order), tensor(cell), tensor(centre), scale, tensor(centres)
     )
     placed = (rows[order].astype(np.float64) - centre) * scale - centres[cell]
@@ -594,6 +623,41 @@ def test_rows_are_rounded_about_their_centres(width):
     np.testing.assert_allclose(squares.cpu().numpy(), np.square(placed).sum(axis=1), rtol=1e-12)
     rest = np.square(placed - rounded.astype(np.float64) / 4096).sum(axis=1)
     np.testing.assert_allclose(lost.cpu().numpy(), rest, rtol=1e-12)
+
+
+@pytest.mark.parametrize("width", [3, 70, 1100])
+def test_rows_are_rounded_to_levels_of_their_own(width):
+    random = np.random.default_rng(8)
+    rows = (random.standard_normal((9, width)) * 10.0 ** random.integers(-9, 3, (9, 1))).astype(np.float32)
+    rows[2] = 1e-30  # all of it is lost
+    order, cell = np.array([3, -1, 8, 0, 2]), np.zeros(5, np.int32)
+    nothing, scale = np.zeros((1, width)), 0.25
+    given = [tensor(values) for values in (rows, order, cell, nothing[0])]
+    made = fused.round_rows(*given, scale, tensor(nothing), torch.int8)
+    values, steps, squares, lost = (of_all.cpu().numpy() for of_all in made)
+    placed = rows[order].astype(np.float64) * scale
+    placed[1] = 0
+    assert values.dtype == np.int8
+    assert values.shape[1] % 16 == 0
+    assert not values[:, width:].any()
+    levels, largest = values[:, :width].astype(np.float64), np.abs(placed).max(axis=1)
+    np.testing.assert_array_equal(np.abs(levels[[0, 2, 3]]).max(axis=1), 127)
+    assert not levels[[1, 4]].any()
+    np.testing.assert_allclose(steps[[0, 2, 3]], largest[[0, 2, 3]] / 127, rtol=1e-6)
+    rest = placed - levels * steps[:, None].astype(np.float64)
+    assert (np.abs(rest[[0, 2, 3]]) <= 0.5001 * steps[[0, 2, 3], None]).all()
+    np.testing.assert_allclose(squares, np.square(placed).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(lost, np.square(rest).sum(axis=1), rtol=1e-12)
+
+
+def test_rows_too_wide_for_sums_in_int32_are_rounded_to_float16(kernels, monkeypatch):
+    monkeypatch.setattr(fused, "WIDEST", 69)
+    bank = np.random.default_rng(13).standard_normal((100, 70)).astype(np.float32)
+    for width, kind in ((69, "int8"), (70, "float16")):
+        rows = np.ascontiguousarray(bank[:, :width])
+        ready, _ = check(rows, rows[:4], K, None, DeviceBank(tensor(rows), DEVICE, screen="int8"))
+        assert f" {kind}," in ready.plan
+    assert fused.LEVELS**2 * 133_144 < 2**31
 
 
 # Votes

@@ -1,7 +1,7 @@
 """The kernels of the search on a GPU, in Triton: products that never reach memory, and the lists that they leave.
 
-Numbers are in the frame of `on_device`: bank rows at most 1 long, rounded to float16 about the centre of their cell,
-queries about that of theirs. The proofs are in docs/decisions/0014.
+Numbers are in the frame of `on_device`: bank rows at most 1 long, rounded to float16 or int8 about the centre of their
+cell, queries about that of theirs. The proofs are in docs/decisions/0014.
 """
 
 import time
@@ -30,13 +30,18 @@ ON_HOPPER = {0: Shape(128, 4, 3), 512: Shape(256, 8, 3)}  # by the least width, 
 # Tried on other GPUs, some of which have not the shared memory for the first.
 SHAPES = (Shape(256, 8, 3), Shape(256, 8, 2), Shape(128, 8, 3), Shape(128, 4, 3), Shape(128, 4, 2), Shape(128, 4, 1))
 TRIED = 32  # tiles of queries, and of rows, that a shape is tried on
-DEPTH = 64  # values of a row that one step multiplies
+DEPTH = 64  # float16 values of a row that one step multiplies; of int8 twice as many
 FLUSH = 4096  # values that one accumulator adds up
 RUN = 16  # rows of which the nearest alone is estimated: every eighth of 128, as one thread holds them; at most 16
 CAPACITY = 512  # runs that a query keeps
 STEP = 1024  # runs that are looked through together
 GROUP = 32  # tiles of queries that meet a tile of rows together, while it is in the cache
 UNIT = 2.0**12  # that values are multiplied by before they are rounded: float16 ends at 65504, and thins out at 2^-14
+LEVELS = 127  # of int8, of the largest value of a row
+LEAST_STEP = tl.constexpr(
+    2.0**-60
+)  # between levels: what lies below is all lost, and products of steps are no subnormals
+WIDEST = (2**31 - 1) // LEVELS**2  # rows of int8 whose products an int32 holds
 GONE = -(1 << 30)  # candidates of a query that is not searched here
 LANES, LEAF = 8, 128  # numpy's pairwise sum: lanes of a leaf, squares of a leaf
 ROUNDOFF = 2.0**-23  # of a sum in float32: tensor cores may cut off where others round
@@ -93,9 +98,10 @@ def _near(
 
 @triton.jit(do_not_specialize=["first", "n_tiles", "n_query_tiles", "stride", "bias_stride", "n_bank_tiles"])
 def _screen(
-    queries, rows, limit, lam, rho, slip, far, query_cell, longest, lost, bias, order, order_cell, todo, best_out,
-    masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, gamma,
-    BOUND: tl.constexpr, PRUNE: tl.constexpr, NARROW: tl.constexpr, FLUSHED: tl.constexpr, QUERIES: tl.constexpr,
+    queries, rows, query_step, row_step, limit, lam, rho, slip, far, query_cell, longest, lost, bias, order, order_cell,
+    todo, best_out, masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, gamma,
+    BOUND: tl.constexpr, PRUNE: tl.constexpr, NARROW: tl.constexpr, EIGHT: tl.constexpr, FLUSHED: tl.constexpr,
+    QUERIES: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr,
     SLACK: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +127,12 @@ def _screen(
             x = tl.load(rows + j * width + d)
             difference = q[:, None] - x[None, :]
             total += difference * difference
+    elif EIGHT:
+        whole = tl.zeros((QUERIES, ROWS), tl.int32)
+        for k in range(0, width, DEPTH):
+            of_queries, of_rows = queries.load([query_tile * QUERIES, k]), rows.load([tile * ROWS, k])
+            whole = tl.dot(of_queries, of_rows.T, whole, out_dtype=tl.int32)
+        total = whole.to(tl.float32) * (tl.load(query_step + i)[:, None] * tl.load(row_step + j)[None, :])
     elif FLUSHED:
         for start in range(0, width, FLUSH):
             part = tl.zeros((QUERIES, ROWS), tl.float32)
@@ -132,12 +144,12 @@ def _screen(
             total = tl.dot(queries.load([query_tile * QUERIES, k]), rows.load([tile * ROWS, k]).T, total)
     a = tl.load(far + cell.to(tl.int64) * stride + i)
     t_i = tl.load(limit + i)
-    of_rows = tl.load(bias + own.to(tl.int64) * bias_stride + j)
+    shift = tl.load(bias + own.to(tl.int64) * bias_stride + j)
     if NARROW:
-        score = -0.5 * total + of_rows[None, :]
+        score = -0.5 * total + shift[None, :]
         edge = tl.maximum(-0.5 * t_i * 1.00001 - 1e-30, LEAST)
     else:
-        score = total * PRODUCT + of_rows[None, :]
+        score = total * PRODUCT + shift[None, :]
         l_i, r_i, s_i = tl.load(lam + i), tl.load(rho + i), tl.load(slip + i)
         error = _error(a, l_i, r_i, s_i, tl.load(longest + tile), tl.load(lost + tile), gamma, SLACK)
         edge = 0.5 * (a - t_i - error)
@@ -312,12 +324,22 @@ def _refine(
 
 
 @triton.jit
+def _about(source, row, centre, scale, centres, cell, d, width):
+    """Some values of a row, scaled, about its cell's centre, in float64; zeros where there is none."""
+    inside = (d < width) & (row >= 0)
+    x = tl.load(source + row.to(tl.int64) * width + d, mask=inside, other=0).to(tl.float64)
+    c = tl.load(centre + d, mask=inside, other=0)
+    of_cell = tl.load(centres + cell.to(tl.int64) * width + d, mask=inside, other=0)
+    return tl.where(inside, (x - c) * scale - of_cell, 0.0)
+
+
+@triton.jit
 def _round(
-    source, order, cell_of, centre, scale, centres, values, squares, lost, width, padded, BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
+    source, order, cell_of, centre, scale, centres, values, steps, squares, lost, width, padded, EIGHT: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """A row of the source, scaled about its cell's centre, times UNIT to float16; its squared length, and that of what
-    was lost.
+    """A row of the source, scaled about its cell's centre: times UNIT to float16, or EIGHT, to levels either way; its
+    squared length, and that of what was lost.
 
     A place that no row has is filled with zeros.
     """
@@ -326,17 +348,27 @@ def _round(
     cell = tl.load(cell_of + place)
     square = tl.zeros((BLOCK,), tl.float64)
     off = tl.zeros((BLOCK,), tl.float64)
+    if EIGHT:
+        largest = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, padded, BLOCK):
+            v = _about(source, row, centre, scale, centres, cell, start + tl.arange(0, BLOCK), width)
+            largest = tl.maximum(largest, tl.abs(v))
+        step = (tl.max(largest, axis=0) / LEVELS).to(tl.float32)
+        step = tl.where(step >= LEAST_STEP, step, 1.0)
+        tl.store(steps + place, step)
+        unit = step.to(tl.float64)
     for start in range(0, padded, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        inside = (d < width) & (row >= 0)
-        x = tl.load(source + row.to(tl.int64) * width + d, mask=inside, other=0).to(tl.float64)
-        c = tl.load(centre + d, mask=inside, other=0)
-        of_cell = tl.load(centres + cell.to(tl.int64) * width + d, mask=inside, other=0)
-        v = tl.where(inside, (x - c) * scale - of_cell, 0.0)
-        rounded = tl.clamp((v * UNIT).to(tl.float32), -65504.0, 65504.0).to(tl.float16)
-        tl.store(values + place.to(tl.int64) * padded + d, rounded, mask=d < padded)
+        v = _about(source, row, centre, scale, centres, cell, d, width)
+        if EIGHT:
+            level = tl.clamp(tl.floor(v / unit + 0.5), -1.0 * LEVELS, 1.0 * LEVELS)
+            tl.store(values + place.to(tl.int64) * padded + d, level.to(tl.int8), mask=d < padded)
+            rest = v - level * unit
+        else:
+            rounded = tl.clamp((v * UNIT).to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+            tl.store(values + place.to(tl.int64) * padded + d, rounded, mask=d < padded)
+            rest = v - rounded.to(tl.float64) / UNIT
         square += v * v
-        rest = v - rounded.to(tl.float64) / UNIT
         off += rest * rest
     tl.store(squares + place, tl.sum(square, axis=0))
     tl.store(lost + place, tl.sum(off, axis=0))
@@ -437,14 +469,17 @@ def _measure(
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Bank rows [P] in tiles as `shape` says, each of one cell. values: float16 [P, D'] (`round_rows`), or float32
-    [P, D] where they are narrow; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the
-    lengths of its rounded rows and of what rounding took; inner and outer, the least and greatest distance from the
-    centre. apart float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the
-    nearest cells first, and their cells.
+    """Bank rows [P] in tiles as `shape` says, each of one cell.
+
+    values: float16 or int8 [P, D'] (`round_rows`), or float32 [P, D] where they are narrow; steps float32 [P]: between
+    levels of int8; bias float32 [C, P]. Of each tile: cell int32; longest and lost, no less than the lengths of its
+    rounded rows and of what rounding took; inner and outer, the least and greatest distance from the centre. apart
+    float32 [C, C]: distances of centres; nearest, nearest_cell int32 [C, tiles]: the tiles, those of the nearest cells
+    first, and their cells.
     """
 
     values: torch.Tensor
+    steps: torch.Tensor
     bias: torch.Tensor
     cell: torch.Tensor
     longest: torch.Tensor
@@ -461,14 +496,15 @@ class RowTiles:
 class QueryTiles:
     """Queries [P] in tiles of QUERIES, each of one cell, and what is known of their neighbours.
 
-    values: as of RowTiles; cell int32, of each tile; length, lost, slip float32 [P]: as in 0014; far float32 [C, P]:
-    squared distances from the centres; own int32 [P]: the place that a query must not have, -1 for none. limit float32
-    [P]: the k nearest rows are within it, squared; -1: a query that is not searched here. counts int32 [P]; candidates
-    int32 [P, CAPACITY]: runs of rows; estimates float32: the squared distance of the nearest of each; masks int32:
-    which of its rows.
+    values, steps: as of RowTiles; cell int32, of each tile; length, lost, slip float32 [P]: as in 0014; far float32
+    [C, P]: squared distances from the centres; own int32 [P]: the place that a query must not have, -1 for none. limit
+    float32 [P]: the k nearest rows are within it, squared; -1: a query that is not searched here. counts int32 [P];
+    candidates int32 [P, CAPACITY]: runs of rows; estimates float32: the squared distance of the nearest of each; masks
+    int32: which of its rows.
     """
 
     values: torch.Tensor
+    steps: torch.Tensor
     cell: torch.Tensor
     length: torch.Tensor
     lost: torch.Tensor
@@ -515,43 +551,35 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def roundoff(width: int) -> float:
-    """Relative error of a product of so many values, as the kernel adds it up: gamma in 0014."""
+def roundoff(width: int, dtype: torch.dtype) -> float:
+    """Relative error of a product of so many rounded values, as the kernel adds it up: gamma in 0014."""
+    if dtype == torch.int8:
+        return 2 * ROUNDOFF  # the sum is exact, and three roundings follow
     terms = min(width, FLUSH) + -(-width // FLUSH) + 8
     return 2 * terms * ROUNDOFF * 1.001
 
 
 def round_rows(
     rows: torch.Tensor, order: torch.Tensor, cell: torch.Tensor, centre: torch.Tensor, scale: float,
-    centres: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """rows[order], scaled, about the centres of their cells, times UNIT in float16 [P, D'], D' a multiple of 8.
+    centres: torch.Tensor, dtype: torch.dtype = torch.float16,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """rows[order], scaled, about the centres of their cells, times UNIT in float16 or in steps of their own in int8.
 
     rows [N, D]; order int64 and cell int32 [P], order -1 for zeros; centre float64 [D]; centres float64 [C, D]. Returns
-    also float64 [P]: squared lengths of the rows before they were rounded, and of what rounding took.
+    values [P, D'], D' so that a row is a multiple of 16 bytes; steps float32 [P], of int8 alone; and float64 [P]:
+    squared lengths of the rows before they were rounded, and of what rounding took.
     """
-    n, width = len(order), rows.shape[1]
-    padded = -(-width // 8) * 8
-    values = torch.empty((n, padded), dtype=torch.float16, device=rows.device)
+    n, width, eight = len(order), rows.shape[1], dtype == torch.int8
+    multiple = 16 // dtype.itemsize
+    padded = -(-width // multiple) * multiple
+    values = torch.empty((n, padded), dtype=dtype, device=rows.device)
+    steps = torch.empty(n, device=rows.device)
     squares, lost = torch.empty((2, n), dtype=torch.float64, device=rows.device)
-    block = min(1024, triton.next_power_of_2(padded))
     _round[(n,)](
-        rows,
-        order,
-        cell,
-        centre,
-        scale,
-        centres,
-        values,
-        squares,
-        lost,
-        width,
-        padded,
-        BLOCK=block,
-        UNIT=UNIT,
-        num_warps=4,
-    )
-    return values, squares, lost
+        rows, order, cell, centre, scale, centres, values, steps, squares, lost, width, padded, EIGHT=eight,
+        BLOCK=min(1024, triton.next_power_of_2(padded)), UNIT=UNIT, LEVELS=LEVELS, num_warps=4,
+    )  # fmt: skip
+    return values, steps, squares, lost
 
 
 def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bool) -> int:
@@ -590,7 +618,7 @@ def refine(q: QueryTiles, r: RowTiles, k: int, width: int, ends: torch.Tensor | 
     n_sure, n_rows = (q.counts, q.counts) if ends is None else ends
     _refine[(len(q.limit),)](
         q.counts, q.estimates, q.candidates, q.masks, q.limit, q.length, q.lost, q.slip, q.far, r.cell, r.longest,
-        r.lost, q.own, n_sure, n_rows, k, q.far.stride(0), roundoff(width), FINAL=ends is not None,
+        r.lost, q.own, n_sure, n_rows, k, q.far.stride(0), roundoff(width, q.values.dtype), FINAL=ends is not None,
         NARROW=_is_narrow(q), ROWS=r.shape.rows, RUN=RUN, CAPACITY=CAPACITY, SLACK=SLACK, GONE=GONE,
         num_warps=2,
     )  # fmt: skip
@@ -658,13 +686,14 @@ def _seconds(shape: Shape, device: torch.device, width: int) -> float:
     cell, lists = zeros(TRIED, dtype=torch.int32), zeros(1, dtype=torch.int32)
     by_query, by_tile = zeros(n_queries), zeros(TRIED)
     r = RowTiles(
-        values=zeros(n_rows, width, dtype=torch.float16), bias=zeros(1, n_rows) - torch.inf, cell=cell, longest=by_tile,
-        lost=by_tile, inner=by_tile, outer=by_tile, apart=zeros(1, 1), nearest=torch.arange(TRIED).to(cell)[None],
-        nearest_cell=cell[None], shape=shape,
+        values=zeros(n_rows, width, dtype=torch.float16), steps=by_tile, bias=zeros(1, n_rows) - torch.inf, cell=cell,
+        longest=by_tile, lost=by_tile, inner=by_tile, outer=by_tile, apart=zeros(1, 1),
+        nearest=torch.arange(TRIED).to(cell)[None], nearest_cell=cell[None], shape=shape,
     )  # fmt: skip
     q = QueryTiles(
-        values=zeros(n_queries, width, dtype=torch.float16), cell=cell, length=by_query, lost=by_query, slip=by_query,
-        far=by_query[None], own=lists, limit=by_query, counts=lists, estimates=by_query, candidates=lists, masks=lists,
+        values=zeros(n_queries, width, dtype=torch.float16), steps=by_query, cell=cell, length=by_query, lost=by_query,
+        slip=by_query, far=by_query[None], own=lists, limit=by_query, counts=lists, estimates=by_query,
+        candidates=lists, masks=lists,
     )  # fmt: skip
     best = torch.empty((n_queries, n_rows // RUN), device=device)
     bits, flags = best.to(torch.int16), torch.zeros((TRIED, TRIED), dtype=torch.int8, device=device)
@@ -698,14 +727,16 @@ def _launch(
     q: QueryTiles, r: RowTiles, first: int, n: int, width: int, todo: torch.Tensor | None, best: torch.Tensor,
     bits: torch.Tensor | None, flags: torch.Tensor | None, number: int,
 ) -> None:  # fmt: skip
-    narrow = _is_narrow(q)
-    queries: Any = q.values if narrow else TensorDescriptor.from_tensor(q.values, [QUERIES, DEPTH])
-    rows: Any = r.values if narrow else TensorDescriptor.from_tensor(r.values, [r.shape.rows, DEPTH])
+    narrow, eight = _is_narrow(q), q.values.dtype == torch.int8
+    depth = 2 * DEPTH if eight else DEPTH
+    queries: Any = q.values if narrow else TensorDescriptor.from_tensor(q.values, [QUERIES, depth])
+    rows: Any = r.values if narrow else TensorDescriptor.from_tensor(r.values, [r.shape.rows, depth])
     _screen[(number,)](
-        queries, rows, q.limit, q.length, q.lost, q.slip, q.far, q.cell, r.longest, r.lost, r.bias, r.nearest,
-        r.nearest_cell, q.cell if todo is None else todo, best, best if bits is None else bits,
+        queries, rows, q.steps, r.steps, q.limit, q.length, q.lost, q.slip, q.far, q.cell, r.longest, r.lost, r.bias,
+        r.nearest, r.nearest_cell, q.cell if todo is None else todo, best, best if bits is None else bits,
         best if flags is None else flags, first, n, len(q.cell), q.far.stride(0), 0 if narrow else r.bias.stride(0),
-        len(r.cell), width, roundoff(width), BOUND=bits is None, PRUNE=todo is not None, NARROW=narrow,
-        FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.shape.rows, DEPTH=DEPTH, FLUSH=FLUSH, RUN=RUN, GROUP=GROUP,
-        SLACK=SLACK, PRODUCT=UNIT**-2, num_warps=r.shape.warps, num_stages=r.shape.stages,
+        len(r.cell), width, roundoff(width, q.values.dtype), BOUND=bits is None, PRUNE=todo is not None, NARROW=narrow,
+        EIGHT=eight, FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.shape.rows, DEPTH=depth, FLUSH=FLUSH, RUN=RUN,
+        GROUP=GROUP, SLACK=SLACK, PRODUCT=1.0 if eight else UNIT**-2, num_warps=r.shape.warps,
+        num_stages=r.shape.stages,
     )  # fmt: skip

@@ -49,6 +49,7 @@ BUFFER = 4 << 30  # bytes of what comes out of products
 LONGEST_K = 100  # neighbours that the lists have room for
 FAR = 1e20  # squared length of a query whose products may overflow: it is searched in float64
 SLACK = 2.0**-48  # of float64 arithmetic on rows at most 1 long
+SCREENS = {"float16": torch.float16, "int8": torch.int8}
 UP = 1 + 2.0**-20  # makes a float32 no less than the float64 that it is made of
 KEPT = 0.8  # share of the device's free memory that a search takes
 
@@ -59,23 +60,25 @@ class DeviceBank:
     rows [M, D], real: a tensor on the device, which stays where it is, or anything that is read in slices. memory:
     bytes of the device that a search may take, by default most of what is free. A bank that does not fit is read a
     tile at a time, by each search, through pinned memory, the next while one is searched. number: of the first row, as
-    errors tell it.
+    errors tell it. screen: what rows are rounded to before they are multiplied, "float16", or "int8", which multiplies
+    at twice the rate and leaves more rows to be measured (0014).
 
     Raises LeadlineError for values that are not finite.
     """
 
     def __init__(
-        self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None, number: int = 0
-    ) -> None:
+        self, rows: Rows | torch.Tensor, device: str | torch.device, memory: int | None = None, number: int = 0,
+        screen: str = "float16",
+    ) -> None:  # fmt: skip
         self._device = torch.empty(0, device=device).device  # "cuda" is not equal to "cuda:0", where its tensors lie
         self._rows, self._memory = rows, free_memory(self._device) if memory is None else memory
         n_bank, width = rows.shape
-        self._number = number
+        self._number, self._screen = number, SCREENS[screen]
         fits = holds(rows, self._device, self._memory)
         n_tiles = 1 if fits else -(-24 * n_bank * width // self._memory)
         self._step = max(1, -(-n_bank // n_tiles))
         with _launching_on(self._device):
-            self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0, number) if fits else None
+            self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0, self._screen, number) if fits else None
         self.plan = self._whole.plan if self._whole else f"{-(-n_bank // self._step)} tiles of {self._step} rows"
 
     @property
@@ -178,7 +181,7 @@ class DeviceBank:
                     rows.record_stream(torch.cuda.current_stream(self._device))
                 if first + self._step < self._rows.shape[0]:
                     coming = ahead.submit(bring, first + self._step)
-                yield Tile(rows, first, self._number, prepared)
+                yield Tile(rows, first, self._screen, self._number, prepared)
 
     def _parts(self, queries: Rows | torch.Tensor) -> Iterator[slice]:
         """Queries that go through a tile together."""
@@ -195,7 +198,14 @@ class Tile:
     """Bank rows [M, D] on a device, the place of the first of them in the bank, and what their search is made ready
     with. number: as of DeviceBank."""
 
-    def __init__(self, rows: torch.Tensor, first: int, number: int = 0, prepared: bool = True) -> None:
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        first: int,
+        screen: torch.dtype = torch.float16,
+        number: int = 0,
+        prepared: bool = True,
+    ) -> None:
         self.rows, self.first = rows.contiguous(), first
         self._made: fused.RowTiles | None = None
         self.plan = "float64"
@@ -203,9 +213,11 @@ class Tile:
             return
         self._centre, longest = _survey(self.rows, number + first)
         self._scale = scale_of(longest)
-        self._narrow = self.rows.shape[1] < NARROW
+        width = self.rows.shape[1]
+        self._narrow = width < NARROW
+        self._rounded = torch.float16 if fused and width > fused.WIDEST else screen
         if _has_kernels(self.rows) and len(rows) >= SMALL and 1 / SCALES < self._scale < SCALES:
-            shape = fused.shape_of(rows.device, rows.shape[1])
+            shape = fused.shape_of(rows.device, width)
             if shape is not None:
                 with full_precision():
                     self._centres = self._find_centres()
@@ -294,6 +306,7 @@ class Tile:
         by_tile = (len(made.cell), size)
         self._made = fused.RowTiles(
             values=made.values,
+            steps=made.steps,
             bias=bias,
             cell=made.cell.int(),
             longest=_up((lengths + lost).view(by_tile).amax(dim=1)),
@@ -305,7 +318,7 @@ class Tile:
             nearest_cell=made.cell[nearest].int(),
             shape=shape,
         )
-        kind = "float32" if self._narrow else "float16"
+        kind = str(made.values.dtype).removeprefix("torch.")
         cells = f"{n_cells} cell{'s' * (n_cells > 1)} in tiles of {size}"
         self.plan = f"all {self.rows.shape[1]} values, {cells}, {kind}, on the GPU"
 
@@ -325,11 +338,13 @@ class Tile:
             values = (rows[at].float() * self._scale).masked_fill_((order < 0)[:, None], 0)
             placed = self._placed(rows[at]) - self._centres[cell.repeat_interleave(size)]
             squares = placed.square_().sum(dim=1).masked_fill_(order < 0, 0)
-            lost = torch.zeros_like(squares)
+            lost = steps = torch.zeros_like(squares)
         else:
             cells = cell.int().repeat_interleave(size)
-            values, squares, lost = fused.round_rows(rows, order, cells, self._centre, self._scale, self._centres)
-        return _Tiled(order, cell, values, squares, lost, squares.float()[:, None] if n_cells == 1 else seen[at])
+            values, steps, squares, lost = fused.round_rows(
+                rows, order, cells, self._centre, self._scale, self._centres, self._rounded
+            )
+        return _Tiled(order, cell, values, steps, squares, lost, squares.float()[:, None] if n_cells == 1 else seen[at])
 
     def _placed(self, rows: torch.Tensor) -> torch.Tensor:
         """In the frame, float64."""
@@ -370,6 +385,7 @@ class Tile:
         gone = (order < 0) | (lengths.square() > FAR)
         q = fused.QueryTiles(
             values=tiled.values,
+            steps=tiled.steps,
             cell=tiled.cell.int(),
             length=_up(tiled.squares.sqrt()),
             lost=_up(tiled.lost.sqrt()),
@@ -474,13 +490,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class _Tiled:
-    """Rows in tiles: int64 the row at each place [P], -1 for none; each tile's cell; values as of `fused.RowTiles`;
-    squared lengths about the cells, and of what rounding took, float64 [P]; squared distances from all centres,
-    float32 [P, C]."""
+    """Rows in tiles: int64 the row at each place [P], -1 for none; each tile's cell; values and steps as of
+    `fused.RowTiles`; squared lengths about the cells, and of what rounding took, float64 [P]; squared distances from
+    all centres, float32 [P, C]."""
 
     order: torch.Tensor
     cell: torch.Tensor
     values: torch.Tensor
+    steps: torch.Tensor
     squares: torch.Tensor
     lost: torch.Tensor
     far: torch.Tensor
