@@ -23,6 +23,7 @@ from tiny import STUDIED, TINY, WATCHED
 WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
 def pytest_collection_modifyitems(items):
     """Runs take all cores, and the tests that read them share them: one process has them all, if there are several."""
     for item in items:
