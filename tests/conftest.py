@@ -23,12 +23,10 @@ from tiny import STUDIED, TINY, WATCHED
 WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """Runs take all cores, and the tests that read them share them: one process has them all, if there are several."""
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] not in WITHOUT_RUNS:
-            item.add_marker(pytest.mark.xdist_group("runs"))
+    if item.path.relative_to(Path(__file__).parent).parts[0] not in WITHOUT_RUNS:
+        item.add_marker(pytest.mark.xdist_group("runs"))
 
 
 @pytest.fixture(scope="module")
