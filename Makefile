@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/leadline run digits
 
-# Tests that make runs go one after another, in one process; all others beside them (tests/conftest.py).
+# Tests that make runs are in two processes at most, all others beside them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test: check

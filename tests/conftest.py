@@ -21,12 +21,14 @@ import yaml
 from tiny import STUDIED, TINY, WATCHED
 
 WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py")
+CLUSTER = ("cluster", "test_cli.py")
 
 
 def pytest_itemcollected(item):
-    """Runs take all cores, and the tests that read them share them: one process has them all, if there are several."""
-    if item.path.relative_to(Path(__file__).parent).parts[0] not in WITHOUT_RUNS:
-        item.add_marker(pytest.mark.xdist_group("runs"))
+    """Tests that make runs, and share some, are in two groups, each in one process: a run has many of its own."""
+    place = item.path.relative_to(Path(__file__).parent).parts[0]
+    if place not in WITHOUT_RUNS:
+        item.add_marker(pytest.mark.xdist_group("cluster" if place in CLUSTER else "runs"))
 
 
 @pytest.fixture(scope="module")
