@@ -391,10 +391,29 @@ def test_the_fastest_shape_that_has_room_is_taken(kernels, monkeypatch):
     fused.fastest.cache_clear()
     assert fused.fastest(torch.device(DEVICE), 40) in shapes
     assert flagged == [False] * 4 * 2  # of two shapes; no row was within a limit
-    monkeypatch.setattr(fused, "SHAPES", shapes[1:2])
     fused.fastest.cache_clear()
-    assert (fused.fastest(torch.device(DEVICE), 40) is None) != HAS_GPU
+
+
+@pytest.mark.parametrize("error", [OutOfResources(200_000, 100_000, "shared memory"), RuntimeError("no such target")])
+def test_where_no_shape_can_be_had_a_warning_says_why(monkeypatch, error):
+    def launch(*_):
+        raise error
+
+    monkeypatch.setattr(fused, "_launch", launch)
     fused.fastest.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"shared memory|no such target"):
+        assert fused.fastest(torch.device(DEVICE), 40) is None
+    fused.fastest.cache_clear()
+
+
+def test_a_fault_of_the_device_is_no_matter_of_shapes(monkeypatch):
+    def launch(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(fused, "_launch", launch)
+    fused.fastest.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.fastest(torch.device(DEVICE), 40)
 
 
 def test_where_no_shape_has_room_all_is_done_in_float64(kernels, monkeypatch):

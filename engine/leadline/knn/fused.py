@@ -5,6 +5,7 @@ cell, queries about that of theirs. The proofs are in docs/decisions/0014.
 """
 
 import time
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from leadline.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -361,7 +364,7 @@ def _round(
         d = start + tl.arange(0, BLOCK)
         v = _about(source, row, centre, scale, centres, cell, d, width)
         if EIGHT:
-            level = tl.clamp(tl.floor(v / unit + 0.5), -1.0 * LEVELS, 1.0 * LEVELS)
+            level = tl.floor(v / unit + 0.5)  # no more than LEVELS: the step is the largest value's share, nearly
             tl.store(values + place.to(tl.int64) * padded + d, level.to(tl.int8), mask=d < padded)
             rest = v - level * unit
         else:
@@ -525,7 +528,7 @@ class QueryTiles:
 
 
 def shape_of(device: torch.device, width: int) -> Shape | None:
-    """How products of so wide rows are cut on a device; None where no shape has room.
+    """How products of so wide rows are cut on a device; None where no shape can be had.
 
     Of a Hopper GPU it is known; others try SHAPES, once for each power of two of the width, some seconds long.
     """
@@ -536,13 +539,24 @@ def shape_of(device: torch.device, width: int) -> Shape | None:
 
 @cache
 def fastest(device: torch.device, width: int) -> Shape | None:
-    """The fastest of SHAPES on a device, None where it has room for none."""
-    seconds = {}
+    """The fastest of SHAPES on a device; None, with a warning, where it has room for none or none compiles for it."""
+    seconds, why = {}, ""
     for shape in SHAPES:
         try:
             seconds[shape] = _seconds(shape, device, width)
-        except OutOfResources:
-            continue
+        except OutOfResources as error:
+            why = one_line(error)
+        except RuntimeError as error:
+            if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+                raise
+            why = one_line(error)  # of a compiler that is older than the GPU
+    if not seconds:
+        warnings.warn(
+            f"no kernel of the search runs on {device} ({why}); all is done in float64, which takes many times as "
+            "long; try a newer torch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return min(seconds, key=seconds.__getitem__) if seconds else None
 
 
