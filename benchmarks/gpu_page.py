@@ -59,10 +59,8 @@ def main() -> None:
             print(f"\n### {SECTIONS[name][0].upper()}{SECTIONS[name][1:]}\n")
             PRINTED[name](section)
     print("\n## Not measured\n")
-    print(
-        "On a GPU of yours: `python benchmarks/gpu.py benchmarks/results/gpu-NAME.json`, which tells in the file what it"
-    )
-    print("could not measure there.\n")
+    print("On a GPU of yours: `python benchmarks/gpu.py benchmarks/results/gpu-NAME.json`, which says in the file what")
+    print("could not be measured there.\n")
     unmeasured = dict.fromkeys(line for found in files for line in found["unmeasured"])
     for line in [*missing.values(), *unmeasured, *OUTSIDE]:
         print(f"- {line}")
