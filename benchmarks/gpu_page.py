@@ -59,8 +59,7 @@ def main() -> None:
             print(f"\n### {SECTIONS[name][0].upper()}{SECTIONS[name][1:]}\n")
             PRINTED[name](section)
     print("\n## Not measured\n")
-    print("On a GPU of yours: `python benchmarks/gpu.py benchmarks/results/gpu-NAME.json`, which says in the file what")
-    print("could not be measured there.\n")
+    print("On a GPU of yours: `python benchmarks/gpu.py OUT.json`, which says there what could not be measured.\n")
     unmeasured = dict.fromkeys(line for found in files for line in found["unmeasured"])
     for line in [*missing.values(), *unmeasured, *OUTSIDE]:
         print(f"- {line}")

@@ -127,10 +127,13 @@ class DeviceBank:
         if measured or self._whole is None:
             squares = torch.full(rows.shape, inf, dtype=torch.float64, device=self._device)
         cost = NOTHING + Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
+        parts, asked = list[slice](), torch.empty(0)
         with full_precision(), _launching_on(self._device):
             for tile in self._tiles():
-                for part in self._parts(queries):
-                    asked = _on(queries, part, self._device)
+                parts = parts or list(self._parts(queries))  # by the memory that a tile leaves
+                for part in parts:
+                    if tile.first == 0 or len(parts) > 1:  # queries that fit are brought once for all tiles
+                        asked = _on(queries, part, self._device)
                     if tile.first == 0:
                         _refuse_non_finite(asked, number + part.start, "query")
                     mine = out[part] - tile.first
