@@ -1,4 +1,4 @@
-"""How many rows products in few bits leave to be measured, by layer and by type; nothing of the engine is used for it.
+"""How many rows products in few bits leave to be measured, by layer and by type; of the search only k-means is used.
 
 python benchmarks/exact_votes.py screens RUN
 

@@ -166,7 +166,6 @@ def _rates_of(rows: torch.Tensor, in_int8: bool) -> dict[str, Any]:
                     first[name] = took  # kernels are compiled, or read from where they are kept
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     limit, ours = medians["matrix product in bfloat16"], medians["leadline, without pruning"]
-    exact_others = [took for name, took in medians.items() if name in ("torch mm + topk in float32", "faiss GPU Flat")]
     ready = DeviceBank(rows, DEVICE)
     _, cost = ready.nearest(rows, K, np.arange(n))
     truth = _agreement(rows, rows, np.arange(n), ready, 64)
@@ -174,8 +173,6 @@ def _rates_of(rows: torch.Tensor, in_int8: bool) -> dict[str, Any]:
         "medians": medians, "each": seconds, "first": first,
         "tflops_of_product": 2 * n * n * rows.shape[1] / limit / 1e12,
         "fraction_of_product": limit / ours, "fraction_with_pruning": limit / medians["leadline"],
-        "times_the_best_exact_other": min(exact_others) / medians["leadline"],
-        "times_the_best_exact_other_without_pruning": min(exact_others) / ours,
         "certified": cost.certified, "reranked": cost.reranked, "fell_through": cost.fell_through,
         "rows_measured_a_query": cost.measured / n, "pairs_of_all": cost.pairs / n / n,
         "equal_to_float64": truth, "plan": ready.plan, "in_int8": _cost_in_int8(rows) if in_int8 else None,

@@ -41,9 +41,8 @@ STEP = 1024  # runs that are looked through together
 GROUP = 32  # tiles of queries that meet a tile of rows together, while it is in the cache
 UNIT = 2.0**12  # that values are multiplied by before they are rounded: float16 ends at 65504, and thins out at 2^-14
 LEVELS = 127  # of int8, of the largest value of a row
-LEAST_STEP = tl.constexpr(
-    2.0**-60
-)  # between levels: what lies below is all lost, and products of steps are no subnormals
+# Between levels: a row of less is all lost, and no product of steps is a subnormal.
+LEAST_STEP = tl.constexpr(2.0**-60)
 WIDEST = (2**31 - 1) // LEVELS**2  # rows of int8 whose products an int32 holds
 GONE = -(1 << 30)  # candidates of a query that is not searched here
 LANES, LEAF = 8, 128  # numpy's pairwise sum: lanes of a leaf, squares of a leaf
@@ -104,9 +103,8 @@ def _screen(
     queries, rows, query_step, row_step, limit, lam, rho, slip, far, query_cell, longest, lost, bias, order, order_cell,
     todo, best_out, masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, gamma,
     BOUND: tl.constexpr, PRUNE: tl.constexpr, NARROW: tl.constexpr, EIGHT: tl.constexpr, FLUSHED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr,
-    SLACK: tl.constexpr, PRODUCT: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr, RUN: tl.constexpr,
+    GROUP: tl.constexpr, SLACK: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against the t-th nearest tile of rows, first <= t < first + n_tiles.
 

@@ -40,7 +40,7 @@ SMALL = 2048  # rows of a bank below which all is done in float64
 OF_A_CELL = 2048  # rows, on average
 SAMPLED = 128  # rows of a cell that k-means looks at
 WORTH = 0.8  # share of the rows' squared length that cells leave, above which one cell does as well
-TRIED = 2  # rounds of k-means after which it is seen, by a share of HOPELESS, that cells will never be worth it
+FIRST_ROUNDS = 2  # of k-means, after which a share of HOPELESS says that cells will never be worth it
 HOPELESS = 0.9
 SEEN_FIRST = 4096  # rows that give a query its first limit
 GROWTH = 4  # from one look at the limits to the next, in rows seen
@@ -127,13 +127,14 @@ class DeviceBank:
         if measured or self._whole is None:
             squares = torch.full(rows.shape, inf, dtype=torch.float64, device=self._device)
         cost = NOTHING + Cost(0, 0, 0, 2 * n_queries * n_bank * self._rows.shape[1], 0, 0, 0, 0, 0)
-        parts, asked = list[slice](), torch.empty(0)
+        parts = list[slice]()
         with full_precision(), _launching_on(self._device):
             for tile in self._tiles():
                 parts = parts or list(self._parts(queries))  # by the memory that a tile leaves
+                if len(parts) == 1:
+                    queries = _on(queries, parts[0], self._device)  # once for all tiles
                 for part in parts:
-                    if tile.first == 0 or len(parts) > 1:  # queries that fit are brought once for all tiles
-                        asked = _on(queries, part, self._device)
+                    asked = _on(queries, part, self._device)
                     if tile.first == 0:
                         _refuse_non_finite(asked, number + part.start, "query")
                     mine = out[part] - tile.first
@@ -278,7 +279,7 @@ class Tile:
         chosen = np.random.default_rng(0).integers(len(self.rows), size=SAMPLED * n_cells)
         sample = self._placed(self.rows[torch.from_numpy(chosen).to(self.rows.device)]).float()
         centres, of_all = sample[:n_cells], sample.square().sum(dim=1).mean()
-        for rounds, worth in ((TRIED, HOPELESS), (ROUNDS - TRIED, WORTH)):
+        for rounds, worth in ((FIRST_ROUNDS, HOPELESS), (ROUNDS - FIRST_ROUNDS, WORTH)):
             centres = kmeans(sample, centres, rounds)
             left = torch.cdist(sample[: 16 * n_cells], centres).amin(dim=1).square().mean()
             if left > worth * of_all:
