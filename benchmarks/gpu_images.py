@@ -26,9 +26,9 @@ from leadline.embedding.extract import float32_products
 from leadline.errors import one_line
 from leadline.points.ahead import read_ahead
 from leadline.points.dataset import Points
-from leadline.points.device_jpeg import decode_jpegs, fit_images
+from leadline.points.device_jpeg import decode_jpegs, fit_on_device
 from leadline.points.images import decode
-from leadline.points.source import Source, two_parts
+from leadline.points.source import EncodedInputs, Source, two_parts
 from leadline.torchvision_import import import_torchvision
 
 SECONDS = 80.0  # nothing is begun later than this,
@@ -52,11 +52,11 @@ def measure(device: torch.device | str, quick: bool = False, compiles: bool = Tr
     resize, rounds, cores = crop * 8 // 7, 1 if quick else 3, len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores) as pool:
         files = list(pool.map(jpeg, range(n)))
-    points = encoded_points(files, resize, crop)
+    points = encoded_points(files, resize, crop, "pillow")
     cut = [np.arange(first, first + batch) for first in range(0, n, batch)]
     few = cut[0][:64]
     on_host = partial(read_ahead, points, cut, device, cores)
-    on_device = partial(decoded_on_device, files, cut, device, resize, crop)
+    on_device = partial(decoded_on_device, encoded_points(files, resize, crop, "nvjpeg"), cut, device, cores)
     example = torch.as_tensor(points.read(cut[0]), device=device)
     with float32_products():
         forwards, why_not = make_forwards(device, example)
@@ -120,64 +120,40 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
-class EncodedInputs:
-    """Files in memory, as a source gives them."""
-
-    full_scale = 255
+class FilesInMemory(EncodedInputs):
+    """As a source gives them."""
 
     def __init__(self, files: list[bytes]) -> None:
         self._files = files
 
-    def read(self, ids: np.ndarray) -> Iterator[tuple[int, Image.Image]]:
+    def encoded(self, ids: np.ndarray) -> Iterator[tuple[int, bytes]]:
         for position, point_id in enumerate(ids.tolist()):
-            yield position, decode(self._files[point_id], self.where(point_id))
+            yield position, self._files[point_id]
 
     def where(self, point_id: int) -> str:
         return f"image {point_id}"
 
+    def content(self) -> Iterator[bytes]:
+        return iter(self._files)
 
-def encoded_points(files: list[bytes], resize: int, crop: int) -> Points:
+
+def encoded_points(files: list[bytes], resize: int, crop: int, decoder: str) -> Points:
     n = len(files)
     source = Source(
-        inputs=EncodedInputs(files),
+        inputs=FilesInMemory(files),
         labels=np.zeros(n, np.int32),
         parts=two_parts(n, 0),
         keys=[str(number) for number in range(n)],
         label_names=("image",),
     )
     # The fields of `config.PointsConfig`, which needs pydantic.
-    return Points(SimpleNamespace(resize=resize, crop=crop, mean=MEAN, std=STD, corrupt=None, relabel=None), source)
+    fields = {"resize": resize, "crop": crop, "mean": MEAN, "std": STD, "corrupt": None, "relabel": None}
+    return Points(SimpleNamespace(**fields, decoder=decoder), source)
 
 
-def decoded_on_device(
-    files: list[bytes], cut: list[np.ndarray], device: torch.device, resize: int, crop: int
-) -> Batches:
-    """As `read_ahead`, by nvJPEG: a thread decodes on a stream of its own, two batches ahead."""
+def decoded_on_device(points: Points, cut: list[np.ndarray], device: torch.device, threads: int) -> Batches:
     need_cuda(device)
-    stream = torch.cuda.Stream(device)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-
-    def load(ids: np.ndarray) -> tuple[torch.Tensor, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            pixels = fit_images(decode_jpegs([files[i] for i in ids], device), resize, crop)
-            return (pixels / 255 - mean) / std, stream.record_event()
-
-    def arrived() -> tuple[np.ndarray, torch.Tensor]:
-        ids, coming = waiting.popleft()
-        inputs, done = coming.result()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        inputs.record_stream(current)
-        return ids, inputs
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
-        for ids in cut:
-            waiting.append((ids, pool.submit(load, ids)))
-            if len(waiting) > 2:
-                yield arrived()
-        while waiting:
-            yield arrived()
+    return read_ahead(points, cut, device, threads)
 
 
 def resnet50() -> torch.nn.Module:
@@ -278,7 +254,8 @@ def pixels_apart(files: list[bytes], device: torch.device, resize: int, crop: in
     decoded = decode_jpegs(files, device)
     both = zip(decoded, pillows, strict=True)
     levels = torch.cat([(one.cpu().int() - other.int()).abs().flatten() for one, other in both])
-    fitted = (fit_images(decoded, resize, crop).cpu() - fit_images(pillows, resize, crop)).abs()
+    fits = [torch.stack([fit_on_device(one, resize, crop).cpu() for one in images]) for images in (decoded, pillows)]
+    fitted = (fits[0] - fits[1]).abs()
     return {
         "mean": float(levels.float().mean()),
         "largest": float(levels.max()),

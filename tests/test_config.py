@@ -87,6 +87,17 @@ def test_the_precision_of_forward_passes_is_part_of_what_a_run_is():
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_nvjpeg_is_for_workers_with_a_gpu_and_is_part_of_what_a_run_is():
+    images = {**TINY, "points": {"source": "image-folder", "train": "images", "decoder": "nvjpeg"}}
+    with pytest.raises(LeadlineError, match=r"points\.decoder: nvjpeg decodes on a GPU; set engine\.gpus") as caught:
+        load_config(images)
+    assert len(str(caught.value).splitlines()) == 1
+    config = load_config({**images, "engine": {"gpus": 1}})
+    assert config.record()["points"]["decoder"] == "nvjpeg"
+    with pytest.raises(LeadlineError, match=r"points\.decoder: no such key"):
+        load_config({**TINY, "points": {"source": "digits", "decoder": "nvjpeg"}})
+
+
 @pytest.mark.parametrize(
     "change",
     [

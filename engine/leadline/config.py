@@ -53,6 +53,15 @@ class PointsSection(Section):
         return self
 
 
+class EncodedPoints(PointsSection):
+    """A source of images that are decoded when they are read."""
+
+    decoder: Literal["pillow", "nvjpeg"] = Field(
+        default="pillow",
+        description="nvjpeg, with engine.gpus: JPEGs are decoded and resized on the GPU, pixels a level or two off",
+    )
+
+
 class Digits(PointsSection):
     """scikit-learn's 1,797 handwritten digits, 8 x 8; all of them in part train."""
 
@@ -69,7 +78,7 @@ class TorchvisionPoints(PointsSection):
     download: bool = True
 
 
-class ImageFolder(PointsSection):
+class ImageFolder(EncodedPoints):
     """ImageNet's layout: one folder a class, images in it; decoded when they are read."""
 
     source: Literal["image-folder"]
@@ -77,7 +86,7 @@ class ImageFolder(PointsSection):
     test: Path | None = None
 
 
-class ParquetPoints(PointsSection):
+class ParquetPoints(EncodedPoints):
     """Parquet files with a column of image bytes or of numeric lists, and a column of integer labels."""
 
     source: Literal["parquet"]
@@ -343,6 +352,12 @@ class RunConfig(Section):
                 "engine.placement: device keeps no embeddings, so all votes are exact and at full width; leave out "
                 "method, reduction, votes and engine.keep_indexes, or choose another placement"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _decoder_with_gpu(self) -> Self:
+        if isinstance(self.points, EncodedPoints) and self.points.decoder == "nvjpeg" and not self.engine.gpus:
+            raise ValueError("points.decoder: nvjpeg decodes on a GPU; set engine.gpus, or leave decoder out")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ Packages are imported where they are looked at: one that is missing or broken is
 """
 
 import importlib
-import io
 import os
 import re
 import shutil
@@ -182,21 +181,16 @@ def _torchvision() -> Finding:
     torchvision, finding = _package("torchvision", WITH_LEADLINE, import_torchvision)
     if torchvision is None:
         return finding
-    return Finding(finding.what, f"{finding.says}, {_nvjpeg(torchvision)}")
+    return Finding(finding.what, f"{finding.says}, {_nvjpeg()}")
 
 
-def _nvjpeg(torchvision: Any) -> str:
+def _nvjpeg() -> str:
     if "cuda" not in _devices():
         return "nvJPEG is for GPUs alone"
-    from PIL import Image
+    from leadline.points.device_jpeg import fault_of_nvjpeg
 
-    jpeg = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
-    try:
-        torchvision.io.decode_jpeg(torch.frombuffer(bytearray(jpeg.getvalue()), dtype=torch.uint8), device="cuda")
-    except RuntimeError as error:
-        return f"nvJPEG cannot be used ({one_line(error)})"
-    return "nvJPEG decodes on the GPU"
+    fault = fault_of_nvjpeg("cuda")
+    return f"nvJPEG cannot be used ({fault})" if fault else "nvJPEG decodes on the GPU, where points.decoder is nvjpeg"
 
 
 def _faiss() -> Finding:

@@ -63,10 +63,10 @@ class StoredMember:
             raise LeadlineError("points: none are given; give at least one")
         network = self.network(points.shape[1:])
         size = self.config.engine.batch_size
-        batches = [
-            self._embed(network, range(len(self.probes)), points[first : first + size], first)
-            for first in range(0, len(points), size)
-        ]
+        batches = []
+        for first in range(0, len(points), size):
+            inputs = torch.from_numpy(points[first : first + size]).to(self._device)
+            batches.append(self._embed(network, range(len(self.probes)), inputs, first))
         parts = zip(*(batch.embeddings for batch in batches), strict=True)
         return [np.concatenate(part) for part in parts], np.concatenate([b.outputs.prediction for b in batches])
 
@@ -82,7 +82,7 @@ class StoredMember:
         size = self.config.engine.batch_size
         with writing_rows(path, len(points), stored_width(self.probes[probe])) as write:
             for first in range(0, len(points), size):
-                inputs = points.read(np.arange(first, min(first + size, len(points))))
+                inputs = points.read_on(np.arange(first, min(first + size, len(points))), self._device)
                 write(self._embed(network, read, inputs, first).embeddings[read.index(probe)])
 
     def network(self, input_shape: tuple[int, ...]) -> torch.nn.Module:
@@ -100,8 +100,7 @@ class StoredMember:
             raise LeadlineError(f"{place}: not the weights that the run was made with; restore the file")
         return network
 
-    def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: Array, first: int) -> Embedded:
-        """One batch at some of the probes; `first` is the number of its first point."""
+    def _embed(self, network: torch.nn.Module, read: Sequence[int], inputs: torch.Tensor, first: int) -> Embedded:
+        """One batch, on the device, at some of the probes; `first` is the number of its first point."""
         probes, reducers = [self.probes[i] for i in read], [self._reducers[i] for i in read]
-        on_device = torch.from_numpy(inputs).to(self._device)
-        return embed_batch(network, probes, on_device, first, self.name, reducers, self.config.precision)
+        return embed_batch(network, probes, inputs, first, self.name, reducers, self.config.precision)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from leadline.cluster.graph import SHARE_OF_MEMORY, Graph, Outline
 from leadline.cluster.plan import Cluster, Plan, plan_of
@@ -52,6 +53,10 @@ class Described:
     def read(self, ids: Array) -> Array:
         """float32 [n, *input_shape]."""
         return np.random.default_rng(0).standard_normal((len(ids), *self.input_shape), np.float32)
+
+    def read_on(self, ids: Array, device: torch.device | str) -> torch.Tensor:
+        """The same on a device."""
+        return torch.from_numpy(self.read(ids)).to(device)
 
 
 def without_downloads(config: RunConfig) -> RunConfig:

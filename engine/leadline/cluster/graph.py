@@ -61,6 +61,8 @@ class Outline(Protocol):
 
     def read(self, ids: Array, /) -> Array: ...
 
+    def read_on(self, ids: Array, device: torch.device | str, /) -> torch.Tensor: ...
+
 
 @dataclass(frozen=True)
 class Graph:

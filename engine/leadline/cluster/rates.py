@@ -258,6 +258,8 @@ def measure_reading(config: PointsConfig, points: Outline, at_hand: bool) -> tup
         keys = {"train": Path(folder) / "train", "test": None, "corrupt": None}
         images = open_points(config.model_copy(update=keys))
         text = f"decoding measured here on made-up JPEGs of {IMAGE[0]} x {IMAGE[1]} pixels, one thread"
+        if config.decoder == "nvjpeg":
+            text += " of Pillow: nvJPEG's rate is not known"
         return _seconds_of_reading(images), text
 
 
@@ -371,7 +373,7 @@ def _embed(
     graph: Graph, label: str, points: Outline, model: torch.nn.Module, device: torch.device, ids: Array
 ) -> list[Array]:
     probes = graph.probes[label]
-    inputs = torch.from_numpy(points.read(ids)).to(device)
+    inputs = points.read_on(ids, device)
     reducers = _reducers(probes, str(device))
     return embed_batch(model, probes, inputs, 0, label, reducers, graph.config.precision).embeddings
 
@@ -397,7 +399,7 @@ def _sample(
     while done < n and (done < 5 * config.k or reading + embedding < SECONDS_OF_EMBEDDING / len(config.members)):
         part = slice(done, min(done + batch_size, n))
         started = time.perf_counter()
-        inputs = torch.from_numpy(points.read(ids[part])).to(device)
+        inputs = points.read_on(ids[part], device)
         reading += time.perf_counter() - started
         started = time.perf_counter()
         batch, _ = embed_resident(model, probes, inputs, 0, label, reducers, config.precision)

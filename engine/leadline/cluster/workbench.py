@@ -62,7 +62,7 @@ class Workbench:
 
     def inputs(self, ids: Array) -> torch.Tensor:
         """Inputs of points on the device, float32 [B, ...]."""
-        return torch.from_numpy(self.points.read(ids)).to(self.device)
+        return self.points.read_on(ids, self.device)
 
     def batches(self, first: int, stop: int) -> Iterator[Batch]:
         """Points in the batches of a forward pass: ids, and inputs on the device, for which a GPU does not wait."""

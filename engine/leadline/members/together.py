@@ -86,7 +86,7 @@ def steps_together(
     check_trainable(min(map(len, ids)), len(trained))
     _check_batches(ids, training.batch)
     union = np.unique(np.concatenate(ids))
-    inputs = torch.as_tensor(points.read(union), device=device)
+    inputs = points.read_on(union, device)
     labels = torch.as_tensor(points.labels[union], dtype=torch.int64, device=device)
     n_labels = int(labels.max()) + 1
     rows = [torch.as_tensor(np.searchsorted(union, of_one), device=device) for of_one in ids]

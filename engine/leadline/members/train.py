@@ -245,9 +245,9 @@ def _reader(
 ) -> Callable[[Tensor], Tensor]:
     """Inputs by their places in `ids`, float32 [n, *input_shape] on the device."""
     if resident:
-        inputs = torch.as_tensor(points.read(ids), device=device)  # decoding again each epoch would take most time
+        inputs = points.read_on(ids, device)  # decoding again each epoch would take most time
         return lambda places: inputs[places]
-    return lambda places: torch.as_tensor(points.read(ids[places.numpy()]), device=device)
+    return lambda places: points.read_on(ids[places.numpy()], device)
 
 
 def checked_logits(output: object, n_rows: int, n_labels: int) -> Tensor:

@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leadline.points.device_jpeg import Opened
+
 if TYPE_CHECKING:
     from leadline.points import Points
 
+Arriving = tuple[Tensor, Any]  # inputs, and the event that they are there, None where nothing is to be waited for
 _PIECE = 16  # points that a thread reads at once: small beside a batch, so that the threads end it together
 
 
@@ -23,9 +26,9 @@ def read_ahead(
 
     While a batch is used, `threads` threads read the next one; for a CUDA device the next two, into pinned memory, and
     a stream of its own copies them, so that neither reading nor copying holds up what runs on the current stream.
-    The inputs are those of `points.read`, and the same whatever the number of threads. A source of Parquet reads a
+    The inputs are those of `points.read_on`, and the same whatever the number of threads. A source of Parquet reads a
     batch quickest where its ids lie close together.
-    Raises LeadlineError of `points.read` where the batch's turn has come.
+    Raises LeadlineError of `points.read_on` where the batch's turn has come.
     """
     device = torch.device(device)
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -33,7 +36,7 @@ def read_ahead(
     def fill(host: NDArray[np.float32], first: int, ids: NDArray[np.int64]) -> None:
         host[first : first + len(ids)] = points.read(ids)
 
-    def deliver(host: Tensor, pieces: list[Future[None]]) -> tuple[Tensor, Any]:
+    def deliver(host: Tensor, pieces: list[Future[None]]) -> Arriving:
         for piece in pieces:
             piece.result()
         if copies is None:
@@ -41,9 +44,17 @@ def read_ahead(
         with torch.cuda.stream(copies):
             return host.to(device, non_blocking=True), copies.record_event()
 
+    def decode(ids: NDArray[np.int64], pieces: list[Future[list[Opened]]]) -> Arriving:
+        images = [image for piece in pieces for image in piece.result()]
+        with torch.cuda.stream(copies):
+            return points.decoded(images, ids, device), copies.record_event() if copies else None
+
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as porter:
 
-        def start(ids: NDArray[np.int64]) -> Future[tuple[Tensor, Any]]:
+        def start(ids: NDArray[np.int64]) -> Future[Arriving]:
+            if points.decodes_on(device):
+                opening = [readers.submit(points.opened, ids[i : i + _PIECE]) for i in range(0, len(ids), _PIECE)]
+                return porter.submit(decode, ids, opening)
             host = torch.empty((len(ids), *points.input_shape), dtype=torch.float32, pin_memory=copies is not None)
             pieces = [
                 readers.submit(fill, host.numpy(), first, ids[first : first + _PIECE])
@@ -52,7 +63,7 @@ def read_ahead(
             return porter.submit(deliver, host, pieces)
 
         ahead = 1 if copies is None else 2
-        waiting: deque[tuple[NDArray[np.int64], Future[tuple[Tensor, Any]]]] = deque()
+        waiting: deque[tuple[NDArray[np.int64], Future[Arriving]]] = deque()
         for ids in batches:
             waiting.append((ids, start(ids)))
             if len(waiting) > ahead:
@@ -61,7 +72,7 @@ def read_ahead(
             yield _arrived(*waiting.popleft())
 
 
-def _arrived(ids: NDArray[np.int64], coming: Future[tuple[Tensor, Any]]) -> tuple[NDArray[np.int64], Tensor]:
+def _arrived(ids: NDArray[np.int64], coming: Future[Arriving]) -> tuple[NDArray[np.int64], Tensor]:
     inputs, copied = coming.result()
     if copied is not None:
         current = torch.cuda.current_stream(inputs.device)

@@ -2,24 +2,32 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from leadline.errors import LeadlineError
 from leadline.points.corruption import corrupted, relabelled
+from leadline.points.device_jpeg import Opened, decode_opened, fit_on_device, opened
 from leadline.points.digits import open_digits
 from leadline.points.image_folder import open_image_folder
 from leadline.points.images import fit, resized_size, size_of
 from leadline.points.npy import open_npy
 from leadline.points.parquet import open_parquet
-from leadline.points.source import Source
+from leadline.points.source import EncodedInputs, Source
 from leadline.points.torchvision_sets import open_torchvision
 
 if TYPE_CHECKING:
     from leadline.config import PointsConfig
+
+
+_AT_ONCE = 256  # images whose pixels, before they are brought to size, are on the device together
 
 
 def open_points(config: "PointsConfig") -> "Points":
@@ -74,6 +82,7 @@ class Points:
         if config.relabel is not None:
             self.clean_labels = source.labels
             self.labels = relabelled(self.labels, source.parts, len(source.label_names), config.relabel)
+        self._encoded = source.inputs if isinstance(source.inputs, EncodedInputs) else None
         _refuse_unfit_keys(config, source.inputs.full_scale)
         ((_, first),) = source.inputs.read(np.zeros(1, dtype=np.int64))
         self.input_shape = self._fitted(first, 0).shape
@@ -93,23 +102,58 @@ class Points:
         """Inputs float32 [n, *input_shape] of the points `ids` int64 [n], in the order of `ids`.
 
         Images: resized, cropped, scaled to [0, 1], then (x - mean) / std, as far as configured. Numbers: as they are.
+        Pillow decodes, whatever the configured decoder: see `read_on`.
         Raises IndexError for an id that no point has; LeadlineError that names the file, row or key of an input that
         cannot be decoded, has another size than the first, or is not finite. Several threads may read at once.
         """
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise IndexError(f"ids of points are 0 to {len(self) - 1}")
+        ids = self._checked(ids)
         inputs = np.empty((len(ids), *self.input_shape), dtype=np.float32)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused as such
             for position, value in self._source.inputs.read(ids):
                 fitted = self._fitted(value, int(ids[position]))
                 if fitted.shape != self.input_shape:
-                    self._refuse_size(value, int(ids[position]))
+                    self._refuse_size(size_of(value), int(ids[position]))
                 inputs[position] = fitted
         if self._source.inputs.full_scale is None:
             self._refuse_non_finite(inputs, ids)
         else:
-            self._scale(inputs, self._source.inputs.full_scale)
+            self._scale(inputs, self._source.inputs.full_scale, partial(np.asarray, dtype=np.float32))
+        return inputs
+
+    def read_on(self, ids: NDArray[np.int64], device: torch.device | str) -> Tensor:
+        """Inputs float32 [n, *input_shape] on a device, those of `read`, and what it raises.
+
+        Where the configured decoder is nvjpeg and the device a CUDA device, plain JPEGs are decoded there, with pixels
+        a level or two off. Raises LeadlineError too where nvJPEG cannot be used.
+        """
+        device = torch.device(device)
+        if not self.decodes_on(device):
+            return torch.from_numpy(self.read(ids)).to(device)
+        return self.decoded(self.opened(ids), ids, device)
+
+    def decodes_on(self, device: torch.device) -> bool:
+        """Whether a device decodes the inputs that `read_on` gives: then it is `decoded` of what was `opened`."""
+        return device.type == "cuda" and getattr(self._config, "decoder", "pillow") == "nvjpeg"
+
+    def opened(self, ids: NDArray[np.int64]) -> list[Opened]:
+        """What of reading points the host does where a device decodes them. Raises as `read` does."""
+        assert self._encoded is not None
+        ids = self._checked(ids)
+        found: list[Opened] = [b""] * len(ids)
+        for position, encoded in self._encoded.encoded(ids):
+            found[position] = opened(encoded, self._encoded.where(int(ids[position])))
+        return found
+
+    def decoded(self, images: Sequence[Opened], ids: NDArray[np.int64], device: torch.device) -> Tensor:
+        """What of it the device does; images, ids: what was opened, and of which points. Raises as `read_on` does."""
+        inputs = torch.empty((len(ids), *self.input_shape), dtype=torch.float32, device=device)
+        for first in range(0, len(ids), _AT_ONCE):
+            some = ids[first : first + _AT_ONCE].tolist()
+            where = [self._source.inputs.where(point_id) for point_id in some]
+            pixels = decode_opened(images[first : first + _AT_ONCE], device, where)
+            for place, image, point_id in zip(inputs[first:], pixels, some, strict=False):
+                place.copy_(self._fitted_on_device(image, point_id))
+        self._scale(inputs, EncodedInputs.full_scale, partial(torch.tensor, dtype=torch.float32, device=device))
         return inputs
 
     def fingerprint(self) -> str:
@@ -132,32 +176,52 @@ class Points:
             digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
+    def _checked(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"ids of points are 0 to {len(self) - 1}")
+        return ids
+
     def _fitted(self, value: Image.Image | NDArray[Any], point_id: int) -> NDArray[Any]:
         """Numbers as they are; an image as uint8 [C, H, W], resized and cropped."""
         if self._source.inputs.full_scale is None:
             return np.asarray(value)
-        resize, crop = self._config.resize, self._config.crop
-        width, height = size_of(value)
-        if crop is not None and min(resized_size(width, height, resize)) < crop:
-            raise LeadlineError(
-                f"{self._source.inputs.where(point_id)}: {width} x {height} pixels are too few for points.crop {crop}; "
-                f"set points.resize to at least {crop}"
-            )
-        return fit(value, resize, crop)
+        self._check_crop(size_of(value), point_id)
+        return fit(value, self._config.resize, self._config.crop)
 
-    def _refuse_size(self, value: Image.Image | NDArray[Any], point_id: int) -> NoReturn:
-        width, height = size_of(value)
+    def _fitted_on_device(self, image: Tensor, point_id: int) -> Tensor:
+        size = image.shape[2], image.shape[1]
+        self._check_crop(size, point_id)
+        fitted = fit_on_device(image, self._config.resize, self._config.crop)
+        if fitted.shape != self.input_shape:
+            self._refuse_size(size, point_id)
+        return fitted
+
+    def _check_crop(self, size: tuple[int, int], point_id: int) -> None:
+        """size: width and height of an image, in pixels."""
+        resize, crop = self._config.resize, self._config.crop
+        if crop is not None and min(resized_size(*size, resize)) < crop:
+            raise LeadlineError(
+                f"{self._source.inputs.where(point_id)}: {size[0]} x {size[1]} pixels are too few for points.crop "
+                f"{crop}; set points.resize to at least {crop}"
+            )
+
+    def _refuse_size(self, size: tuple[int, int], point_id: int) -> NoReturn:
+        width, height = size
         raise LeadlineError(
             f"{self._source.inputs.where(point_id)}: {width} x {height} pixels, not of one size with the first image, "
             f"{self._source.inputs.where(0)}; set points.crop (and points.resize)"
         )
 
-    def _scale(self, inputs: NDArray[np.float32], full_scale: int) -> None:
-        """Bring pixel values [n, C, H, W] to [0, 1], then to (x - mean) / std, in place."""
-        inputs /= np.float32(full_scale)
+    def _scale(self, inputs: Any, full_scale: int, array: Callable[[Any], Any]) -> None:
+        """Bring pixel values [n, C, H, W] to [0, 1], then to (x - mean) / std, in place.
+
+        array: makes an array of float32 of numbers, of the kind and where the inputs are.
+        """
+        inputs /= array(full_scale)
         if self._config.mean is not None:
-            inputs -= np.asarray(self._config.mean, dtype=np.float32)[:, None, None]
-            inputs /= np.asarray(self._config.std, dtype=np.float32)[:, None, None]
+            inputs -= array(self._config.mean)[:, None, None]
+            inputs /= array(self._config.std)[:, None, None]
 
     def _refuse_non_finite(self, inputs: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
         finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
@@ -171,6 +235,6 @@ class Points:
 
 def _refuse_unfit_keys(config: "PointsConfig", full_scale: int | None) -> None:
     if full_scale is None:
-        for key in ("resize", "crop", "mean"):
-            if getattr(config, key) is not None:
+        for key in ("resize", "crop", "mean", "decoder"):
+            if getattr(config, key, None) not in (None, "pillow"):
                 raise LeadlineError(f"points.{key}: inputs are numbers, which are taken as they are; leave out {key}")

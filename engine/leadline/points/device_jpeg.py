@@ -1,18 +1,66 @@
-"""JPEGs decoded and brought to size on the device.
+"""JPEGs decoded and brought to size on a GPU, where a configuration says `decoder: nvjpeg`.
 
 Decoders differ: nvJPEG's pixels are a level or two off those of Pillow (another inverse transform, another
 interpolation of the colours), and so the embeddings, and a few votes, are others as well. Decoding here is therefore a
 choice that is made by name and recorded with what came of it, never one that a machine makes for being able to.
 """
 
+import io
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from leadline.points.images import resized_size
+from leadline.errors import LeadlineError, one_line
+from leadline.points.images import decode, is_plain_jpeg, resized_size
 from leadline.torchvision_import import import_torchvision
+
+Opened = bytes | NDArray[np.uint8]
+
+
+def opened(encoded: bytes, where: str) -> Opened:
+    """What `decode_opened` takes: a plain JPEG as it is, and of any other image its RGB pixels uint8 [3, H, W].
+
+    Which of the two depends on the file alone. Raises LeadlineError as `decode` does, for what Pillow decodes.
+    """
+    return encoded if is_plain_jpeg(encoded) else _by_pillow(encoded, where)
+
+
+def decode_opened(images: Sequence[Opened], device: torch.device, where: Sequence[str]) -> list[Tensor]:
+    """RGB pixels uint8 [3, H, W] of each on a CUDA device, of JPEGs by nvJPEG; by Pillow of one that it cannot decode.
+
+    where: of each, for messages. Raises LeadlineError for what neither can decode, and where nvJPEG cannot
+    be used.
+    """
+    jpegs = {i: image for i, image in enumerate(images) if isinstance(image, bytes)}
+    try:
+        pixels = dict(zip(jpegs, decode_jpegs(list(jpegs.values()), device) if jpegs else (), strict=True))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        fault = fault_of_nvjpeg(device)
+        if fault is not None:
+            mend = "leave decoder out, or install a torchvision that has it"
+            raise LeadlineError(f"points.decoder: nvJPEG cannot be used here ({fault}); {mend}") from None
+        pixels = {i: _decode_alone(encoded, device, where[i]) for i, encoded in jpegs.items()}
+    return [pixels[i] if i in pixels else torch.tensor(image).to(device) for i, image in enumerate(images)]
+
+
+def _decode_alone(encoded: bytes, device: torch.device, where: str) -> Tensor:
+    try:
+        return decode_jpegs([encoded], device)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return torch.tensor(_by_pillow(encoded, where)).to(device)
+
+
+def _by_pillow(encoded: bytes, where: str) -> NDArray[np.uint8]:
+    return np.asarray(decode(encoded, where)).transpose(2, 0, 1)
 
 
 def decode_jpegs(encoded: Sequence[bytes], device: torch.device | str) -> list[Tensor]:
@@ -32,20 +80,29 @@ def decode_jpegs(encoded: Sequence[bytes], device: torch.device | str) -> list[T
     return decoded
 
 
-def fit_images(images: Sequence[Tensor], resize: int | None, crop: int) -> Tensor:
-    """Pixel values float32 [n, C, crop, crop], whole numbers from 0 to 255, on the images' device.
+def fault_of_nvjpeg(device: torch.device | str) -> str | None:
+    """Why nvJPEG cannot be used on a CUDA device, in one line; None where it decodes."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        decode_jpegs([file.getvalue()], device)
+    except RuntimeError as error:
+        return one_line(error)
+    return None
 
-    images: uint8 [C, H, W] each. The same steps as `images.fit`: the shorter side brought to `resize`, bilinear with
-    antialias, then a square from the middle, no larger than the shorter side. A value may be one level off, since
-    Pillow rounds between its two passes.
+
+def fit_on_device(image: Tensor, resize: int | None, crop: int | None) -> Tensor:
+    """Pixel values float32 [C, h, w], whole numbers from 0 to 255, on the image's device.
+
+    image: uint8 [C, H, W]. The same steps as `images.fit`: the shorter side brought to `resize`, bilinear with
+    antialias, then a square of `crop` from the middle, no larger than the shorter side. A value may be one level off,
+    since Pillow rounds between its two passes.
     """
-    return torch.stack([_fitted(image, resize, crop) for image in images]).round_()
-
-
-def _fitted(image: Tensor, resize: int | None, crop: int) -> Tensor:
     values = image.to(torch.float32)
     if resize is not None:
         width, height = resized_size(image.shape[2], image.shape[1], resize)
-        values = F.interpolate(values[None], (height, width), mode="bilinear", antialias=True)[0]
+        values = F.interpolate(values[None], (height, width), mode="bilinear", antialias=True)[0].round_()
+    if crop is None:
+        return values
     top, left = round((values.shape[1] - crop) / 2), round((values.shape[2] - crop) / 2)
     return values[:, top : top + crop, left : left + crop]

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from leadline.errors import LeadlineError
-from leadline.points.images import decode
-from leadline.points.source import Source, two_parts
+from leadline.points.source import EncodedInputs, Source, two_parts
 
 if TYPE_CHECKING:
     from leadline.config import ImageFolder
@@ -51,24 +49,22 @@ def open_image_folder(config: "ImageFolder") -> Source:
     )
 
 
-class FolderInputs:
+class FolderInputs(EncodedInputs):
     """Images in files, opened when they are read: `keys` are paths below train_root, from n_train on test_root."""
-
-    full_scale = 255
 
     def __init__(self, train_root: Path, test_root: Path, keys: list[str], n_train: int) -> None:
         self._roots = train_root, test_root
         self._keys = keys
         self._n_train = n_train
 
-    def read(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
+    def encoded(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         for position, point_id in enumerate(ids.tolist()):
             path = self._path(point_id)
             try:
                 encoded = path.read_bytes()
             except OSError as error:
                 _refuse(path, error)
-            yield position, decode(encoded, str(path))
+            yield position, encoded
 
     def where(self, point_id: int) -> str:
         return str(self._path(point_id))

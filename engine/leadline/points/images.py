@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from leadline.errors import LeadlineError, one_line
 
@@ -43,6 +44,19 @@ def decode(encoded: bytes, where: str) -> Image.Image:
     if mode == "F" or mode.startswith("I"):
         raise LeadlineError(f"{where}: pixels have more than 8 bits (Pillow's mode {mode}); convert it to 8")
     return rgb
+
+
+def is_plain_jpeg(encoded: bytes) -> bool:
+    """Whether it is a whole JPEG, grey or of luminance and chrominance: of the kinds that every decoder knows."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.mode not in ("L", "RGB"):
+                return False
+            # Red, green and blue may be stored as they are: the marker of Adobe says so, or the components' names.
+            is_rgb = image.info.get("adobe_transform", 1) != 1 or bytes(layer[0] for layer in image.layer) == b"RGB"
+    except (UnidentifiedImageError, *_DAMAGE):
+        return False
+    return not is_rgb and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def size_of(image: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:

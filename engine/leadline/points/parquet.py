@@ -16,11 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from leadline.errors import LeadlineError, one_line
-from leadline.points.images import decode
-from leadline.points.source import MAX_CLASSES, Inputs, Source, checked_labels, numbered_names, two_parts
+from leadline.points.source import MAX_CLASSES, EncodedInputs, Inputs, Source, checked_labels, numbered_names, two_parts
 
 if TYPE_CHECKING:
     from leadline.config import ParquetPoints
@@ -133,17 +131,15 @@ class _RowGroups:
         return self._convert(_column(file, self._column, group_in_file), lambda row: self.where(group, row))
 
 
-class _Images:
-    """Encoded images."""
-
-    full_scale = 255
+class _Images(EncodedInputs):
+    """A column of them."""
 
     def __init__(self, groups: _RowGroups) -> None:
         self._groups = groups
 
-    def read(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
+    def encoded(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
         for position, group, row in _by_group(self._groups, ids):
-            yield position, decode(self._encoded(group, row), self._groups.where(group, row))
+            yield position, self._encoded(group, row)
 
     def where(self, point_id: int) -> str:
         return self._groups.where(*self._groups.place(point_id))

@@ -1,5 +1,6 @@
 """What every source of points gives, and the checks that all of them make."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from leadline.errors import LeadlineError
+from leadline.points.images import decode
 
 TRAIN, TEST = 0, 1
 PART_NAMES = ("train", "test")
@@ -35,6 +37,24 @@ class Inputs(Protocol):
 
     def content(self) -> Iterator[bytes]:
         """The inputs as they are stored, in the order of ids, cut so that different inputs give different bytes."""
+
+
+class EncodedInputs(ABC):
+    """Images in files or columns, decoded when they are read."""
+
+    full_scale = 255
+
+    @abstractmethod
+    def encoded(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+        """Pairs as `Inputs.read` gives them, of images as they are stored."""
+
+    @abstractmethod
+    def where(self, point_id: int) -> str:
+        """As of Inputs."""
+
+    def read(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
+        for position, encoded in self.encoded(ids):
+            yield position, decode(encoded, self.where(int(ids[position])))
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Networks:
         network, size = stored.network(points.input_shape), stored.config.engine.batch_size
         shares, margins = [], []
         for first in range(0, len(points), size):
-            inputs = torch.from_numpy(points.read(np.arange(first, min(first + size, len(points))))).to(self._device)
+            inputs = points.read_on(np.arange(first, min(first + size, len(points))), self._device)
             with torch.no_grad(), forward_pass(network, inputs.device, stored.config.precision):
                 shares.append(torch.softmax(network(inputs).float(), dim=1).cpu().numpy())
             margins.append(adversarial_input_margin(network, inputs, batch_size=size))
