@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leadline.cluster.units import embed, train
-from leadline.cluster.work import list_members
+from leadline.cluster.work import list_members, trained_together
 from leadline.cluster.workbench import Workbench
 from leadline.config import load_config
 from leadline.store import RunDirectory
@@ -88,8 +88,8 @@ def embedded(config, root):
     """A workbench on which all members are trained and embedded: (bench, its directory, members)."""
     config = load_config(config)
     bench, members = Workbench(config, {}, RunDirectory(root)), list_members(config)
-    for member in members:
-        train(bench, member)
+    for some in trained_together(members):
+        train(bench, some)
     for shard in range(len(bench.shards)):
         embed(bench, members, shard)
     return bench, bench.directory, members

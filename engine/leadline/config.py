@@ -155,6 +155,10 @@ class Training(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the training products; auto: bfloat16 where the hardware multiplies it natively"
     )
+    at_once: int = Field(
+        default=1, ge=1, description="networks of the entry that are trained as one, by vmap: the same, but other bits"
+    )
+    cuda_graph: bool = Field(default=False, description="on a GPU, a step is captured in a CUDA graph and replayed")
     learning: Learning | None = Field(
         default=None, description="all points are run through the network at its checkpoints: the table `learning`"
     )

@@ -116,7 +116,7 @@ def test_a_training_that_is_watched_passes_all_points_at_each_checkpoint(tmp_pat
     monkeypatch.setattr(
         units.embedding, "batch_logits", lambda *about: passed.append(len(about[1])) or batch_logits(*about)
     )
-    units.train(bench, member)
+    units.train(bench, [member])
     watched, plain = (stages(planned({**TINY, "members": [entry]}))["train"] for entry in (
         config["members"][0], {**TINY["members"][0], "count": 1}
     ))  # fmt: skip
@@ -246,7 +246,7 @@ def test_members_made_whole_take_what_is_planned(tmp_path, monkeypatch, memory_b
         return made
 
     for member in members:
-        units.train(bench, member)
+        units.train(bench, [member])
     monkeypatch.setattr(module, "embed_in_place", embedded)
     monkeypatch.setattr(bench, "bank", searched)
     monkeypatch.setattr(bench, "inputs", lambda ids: read.append(len(ids)) or inputs(ids))

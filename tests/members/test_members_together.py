@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_names_the_seed_and_the_step(digits, splits):
 @pytest.mark.parametrize(
     ("n_ids", "words"),
     [
-        ((300, 20, 300), "splits of 20 to 300 points give batches of 20 to 128.*one after another"),
+        ((300, 20, 300), "splits of 20 to 300 points give batches of 20 to 128.*leave at_once out"),
         ((300, 0, 300), "0 points"),
     ],
 )
@@ -182,3 +182,14 @@ def test_a_replayed_step_is_the_same_step(digits, splits, device, architecture, 
     for step, replayed in zip(trained(replay=False), trained(replay=True), strict=True):
         torch.testing.assert_close(replayed, step, rtol=1e-5, atol=1e-6)
     assert watched == [5] * 8
+
+
+@needs_cuda
+def test_a_step_that_cannot_be_captured_is_told(digits, splits):
+    class Waiting(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs * (1 + 0 * inputs.sum().item()))
+
+    model = Waiting(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(LeadlineError, match=r"training\.cuda_graph: .* leave cuda_graph out"):
+        train(model, digits, splits[0], Training(steps=9), 0, "cuda", replay=True)

@@ -1,9 +1,11 @@
 """The units of a run, a group of members at a time: what each needs, and what is there from an earlier try."""
 
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from leadline.cluster.work import (
     list_members,
     may_err,
     shard_edges,
+    trained_together,
 )
 from leadline.config import RunConfig
 from leadline.embedding.reductions import check_patterns, choose_reductions, stored_width
@@ -29,6 +32,7 @@ from leadline.knn.arrays import Array
 from leadline.members.architectures import build
 from leadline.members.probes import Probe, place_probes
 from leadline.members.splits import training_ids
+from leadline.members.train import RESIDENT_BYTES, is_resident
 from leadline.points import TRAIN
 from leadline.store import RunDirectory
 from leadline.store.files import read_json
@@ -89,7 +93,7 @@ class Graph:
 
     def totals(self, members: Sequence[Member]) -> "Counter[str]":
         """Units of each stage for a group of members, were nothing there already."""
-        total = Counter({"train": len(members)})
+        total = Counter({"train": len(self.begun(members))})
         if self.train_only:
             return total
         if self.whole:
@@ -147,10 +151,23 @@ class Graph:
         return made
 
     def _train(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
-        for member in members:
-            if not directory.record("train", member.name).exists():
-                unit = _unit(group, "train", (member,), (), (("trained", member.name),))
+        for some in self.begun(members):
+            missing = [member for member in some if not directory.record("train", member.name).exists()]
+            if missing:
+                unit = _unit(group, "train", (some,), (), tuple(("trained", member.name) for member in missing))
                 yield replace(unit, roams=True)
+
+    def begun(self, members: Sequence[Member]) -> list[tuple[Member, ...]]:
+        """Those that units of a group train: with each of its members that is the first of some, all of these.
+
+        Some of them may be in later groups, none in an earlier one.
+        """
+        return [self._together[member.name] for member in members if member.name in self._together]
+
+    @cached_property
+    def _together(self) -> dict[str, tuple[Member, ...]]:
+        """By the name of the first of them."""
+        return {some[0].name: some for some in trained_together(self.members)}
 
     def _embed(self, group: int, members: Sequence[Member], directory: RunDirectory) -> Iterator[Unit]:
         """A shard is read and decoded once for all members; if that fails, once for each, so that others go on."""
@@ -274,11 +291,23 @@ class Graph:
 def graph_of(config: RunConfig, points: Outline, train_only: bool = False) -> Graph:
     """The graph of a run. Raises LeadlineError for banks that are too small and probes that cannot be placed."""
     members = list_members(config)
+    _check_training(config, points)
     bank_rows = {member.name: _check_bank(config, points, member) for member in members}
     return Graph(
         config, members, _place_probes(config, points), bank_of_all(config, points.parts), bank_rows, len(points),
         len(shard_edges(config, len(points))), len(blocks(len(points), config.engine.query_block)), train_only,
     )  # fmt: skip
+
+
+def _check_training(config: RunConfig, points: Outline) -> None:
+    """Networks that are trained at once read their batches from inputs on the device."""
+    n = int(np.count_nonzero(points.parts == TRAIN))
+    at_once = any(entry.training and entry.training.at_once > 1 for entry in config.members)
+    if at_once and not is_resident(n, points.input_shape):
+        raise LeadlineError(
+            f"training.at_once: inputs of {n} points take {4 * n * math.prod(points.input_shape) / 1e9:.1f} GB, and "
+            f"are kept on the device only below {RESIDENT_BYTES / 1e9:.1f} GB; leave at_once out"
+        )
 
 
 def _check_bank(config: RunConfig, points: Outline, member: Member) -> int:

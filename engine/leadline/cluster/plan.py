@@ -281,7 +281,7 @@ def _refused(plan: Plan, in_memory: bool, room: int) -> list[str]:
 
 def _mend(stage: Stage) -> str:
     if stage.name == "train":
-        return "lower training.batch, or engine.workers"
+        return "lower training.batch, training.at_once or engine.workers"
     if stage.name == "whole":
         return "choose another engine.placement, as auto, or fewer workers (engine.workers, engine.gpus)"
     if stage.name == "embed":
@@ -385,31 +385,36 @@ class _Reckoning:
         return Stage("combine", "points", 1, self.graph.points, read=n * row, seconds=seconds)
 
     def _train(self, stage: Stage, number: int, members: Sequence[Member]) -> None:
+        for some in self.graph.begun(members):
+            taken = [self._train_one(stage, member) for member in some]
+            self._takes(stage, sum(needed for needed, _ in taken), sum(beside for _, beside in taken))
+
+    def _train_one(self, stage: Stage, member: Member) -> tuple[int, int]:
+        """Bytes that it needs without a GPU, and beside one; of several at once, as if they were trained alone."""
         values = math.prod(self._input.shape)
-        for member in members:
-            recipe, network, n = member.config.training, self.networks[member.architecture], self._bank(member)
-            kept = 4 * n * values if is_resident(n, self._input.shape) else 0
-            probes = self.graph.probes[member.architecture]
-            fitted = [(probe, parse_reduction(probe.reduction)) for probe in probes if "pca" in probe.reduction]
-            stage.written += network.weights + sum(4 * p.width * (1 + r.size[0]) for p, r in fitted)
-            needed = network.weights
-            if recipe:
-                stage.work += recipe.steps
-                stage.seconds += recipe.steps * self.rates.step[member.architecture]
-                stage.flops += BACKWARD * network.forward * recipe.steps * recipe.batch
-                batch = min(recipe.batch, n)
-                stage.read += kept or 4 * values * recipe.steps * batch
-                stage.seconds += self.rates.read * (n if kept else recipe.steps * batch)
-                needed = 3 * network.weights + kept + batch * (network.saved + 4 * values)  # with gradients, momentum
-                if recipe.learning:
-                    needed += self._watch(stage, member, recipe, recipe.learning)
-            if fitted:
-                needed += max(search_bytes(p.width, r.size[0]) for p, r in fitted)
-                sample = min(n, max(SAMPLE, SAMPLE_OF_EACH * max(r.size[0] for _, r in fitted)))
-                passed = PASSES * sample
-                stage.flops += passed * network.forward
-                stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
-            self._takes(stage, needed, kept + network.weights)
+        recipe, network, n = member.config.training, self.networks[member.architecture], self._bank(member)
+        kept = 4 * n * values if is_resident(n, self._input.shape) else 0
+        probes = self.graph.probes[member.architecture]
+        fitted = [(probe, parse_reduction(probe.reduction)) for probe in probes if "pca" in probe.reduction]
+        stage.written += network.weights + sum(4 * p.width * (1 + r.size[0]) for p, r in fitted)
+        needed = network.weights
+        if recipe:
+            stage.work += recipe.steps
+            stage.seconds += recipe.steps * self.rates.step[member.architecture]
+            stage.flops += BACKWARD * network.forward * recipe.steps * recipe.batch
+            batch = min(recipe.batch, n)
+            stage.read += kept or 4 * values * recipe.steps * batch
+            stage.seconds += self.rates.read * (n if kept else recipe.steps * batch)
+            needed = 3 * network.weights + kept + batch * (network.saved + 4 * values)  # with gradients, momentum
+            if recipe.learning:
+                needed += self._watch(stage, member, recipe, recipe.learning)
+        if fitted:
+            needed += max(search_bytes(p.width, r.size[0]) for p, r in fitted)
+            sample = min(n, max(SAMPLE, SAMPLE_OF_EACH * max(r.size[0] for _, r in fitted)))
+            passed = PASSES * sample
+            stage.flops += passed * network.forward
+            stage.seconds += passed * (self.rates.read + self.rates.embed[member.architecture])
+        return needed, kept + network.weights
 
     def _watch(self, stage: Stage, member: Member, recipe: Training, learning: Learning) -> int:
         """Passes of all points at the checkpoints of a training. Returns the bytes of inputs that are kept for them."""

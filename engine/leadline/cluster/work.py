@@ -3,7 +3,9 @@
 All of it follows from the configuration and the points. Nothing here computes, or reads what a run has computed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,19 @@ def list_members(config: RunConfig) -> list[Member]:
         for entry in config.members
         for seed in range(entry.seed, entry.seed + entry.count)
     ]
+
+
+def trained_together(members: Sequence[Member]) -> list[tuple[Member, ...]]:
+    """Members in the order given, all of a run, cut into those that one unit trains: of one entry, `at_once` in a row.
+
+    Which they are follows from the configuration alone, since it decides the bits of their weights.
+    """
+    cut = []
+    for _, some in groupby(members, key=lambda member: member.architecture):
+        of_entry = tuple(some)
+        recipe = of_entry[0].config.training
+        cut += [of_entry[slice(*edges)] for edges in blocks(len(of_entry), recipe.at_once if recipe else 1)]
+    return cut
 
 
 def bank_of_all(config: RunConfig, parts: Array) -> CommonBank:

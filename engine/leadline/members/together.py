@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.members.train import (
     aside,
     batches,
@@ -52,12 +52,13 @@ def train_together(
     bits, since sums are made in another order; and dropout draws its masks, other ones for each model, from the first
     seed. The same models, seeds and machine give the same bits again.
     In bfloat16 the products of linear layers and convolutions are made, what else there is in float32.
-    Raises LeadlineError as `train` does, naming the seed of the model, and where the splits give batches of different
-    sizes. RuntimeError for a model that vmap cannot map (`.item()` in its forward pass).
+    Raises LeadlineError as `train` does, naming the seed of the model; where the splits give batches of different
+    sizes; and for a model that vmap cannot map (`.item()` in its forward pass).
     """
     device = torch.device(device)
     with deterministic(seeds[0], device), side_stream(device) if replay else nullcontext():
-        for step in steps_together(models, points, ids, training, seeds, device, at, replay=replay):
+        training_at_once = steps_together(models, points, ids, training, seeds, device, at, replay=replay)
+        for step in _explained(training_at_once):
             if step in at:
                 with aside(models, device):
                     watch(step)
@@ -114,6 +115,17 @@ def steps_together(
     _unstack(stacked, models)
 
 
+def _explained(training: Iterator[int]) -> Iterator[int]:
+    try:
+        yield from training
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise LeadlineError(
+            f"training.at_once: the network cannot be trained with others ({one_line(error)}); leave at_once out"
+        ) from error
+
+
 class _ProductsInBfloat16(TorchFunctionMode):
     """What autocast does to layers, which vmap would hide from it: products in bfloat16, norms in float32."""
 
@@ -140,7 +152,7 @@ def _check_batches(ids: Sequence[NDArray[np.int64]], batch: int) -> None:
     if len(sizes) > 1:
         raise LeadlineError(
             f"training: splits of {min(map(len, ids))} to {max(map(len, ids))} points give batches of "
-            f"{sizes[0]} to {sizes[-1]}, and one size is needed to train at once; train them one after another"
+            f"{sizes[0]} to {sizes[-1]}, and one size is needed to train at once; leave at_once out"
         )
 
 

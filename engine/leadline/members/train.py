@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from leadline.errors import LeadlineError
+from leadline.errors import LeadlineError, one_line
 from leadline.members.probes import eval_mode
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def train(
     watch is called with the number of steps done, 0 before the first, where that is one of `at`. The model is in eval
     mode then, and watch may run it, but must not change it: what is trained is the same bits with and without.
     replay: the step is captured in a CUDA graph and replayed, on a CUDA device that keeps the split's inputs; elsewhere
-    it makes no difference. The model must not wait for the device in its forward pass (`.item()`): RuntimeError.
+    it makes no difference. The model must not wait for the device in its forward pass (`.item()`).
     Raises LeadlineError where the loss is not finite, naming the step; where the split is empty, the model has nothing
-    to train, or its output is not logits for all the labels.
+    to train, its output is not logits for all the labels, or a step cannot be captured.
     """
     device = torch.device(device)
     with deterministic(seed, device), side_stream(device) if replay else nullcontext():
@@ -140,9 +140,16 @@ def _captured(step_on: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[T
     """A step as a CUDA graph on the current stream. Capturing it takes no step."""
     given, graph = batch.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream(batch.device)
-    # Other threads (Ray's, a reader's) may go on using CUDA meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        losses = step_on(given)
+    try:
+        # Other threads (Ray's, a reader's) may go on using CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            losses = step_on(given)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LeadlineError(
+            f"training.cuda_graph: a step of the network cannot be captured ({one_line(error)}); leave cuda_graph out"
+        ) from error
 
     def replayed(batch: Tensor) -> Tensor:
         given.copy_(batch)

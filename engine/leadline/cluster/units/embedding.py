@@ -1,7 +1,7 @@
 """Members trained, or their weights taken as they are given, and points embedded by them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 
@@ -10,13 +10,14 @@ import torch
 
 from leadline.cluster.work import OUTPUTS, Member, blocks
 from leadline.cluster.workbench import Workbench
-from leadline.config import Training
+from leadline.config import Learning, Training
 from leadline.embedding import batch_logits, embed_batch, embed_input, fit_directions, forward_pass
 from leadline.embedding.principal import save_directions
 from leadline.embedding.reductions import choose_reductions, stored_width
 from leadline.knn.arrays import Array
 from leadline.learning_table import LearningTable
 from leadline.members.probes import Probe, place_probes
+from leadline.members.together import train_together
 from leadline.members.train import checkpoint_steps, is_resident, resolve_precision, steps_per_epoch
 from leadline.members.train import train as train_network
 from leadline.members.weights import load_weights, save_weights, weights_fingerprint
@@ -25,20 +26,46 @@ from leadline.store.schemas import OUTPUT_FIELDS, WATCHED
 from leadline.study.learning import LabelOutputs, label_outputs
 
 
-def train(bench: Workbench, member: Member) -> int:
-    """Train a member, or load its given weights; store them with its probes and what their reductions need.
+def train(bench: Workbench, members: Sequence[Member]) -> int:
+    """Train members of an entry, several of them at once, or load the given weights of one.
 
-    Returns the steps.
+    Those that are not stored yet are, with their probes and what their reductions need. Returns the steps, of all
+    members that are trained.
     """
     started = time.perf_counter()
-    directory, recipe = bench.directory, member.config.training
-    model, ids = bench.build(member), bench.training_ids(member)
-    if member.weights_source:
-        load_weights(model, member.weights_source)
+    recipe = members[0].config.training
+    models = [bench.build(member) for member in members]
+    for member, model in zip(members, models, strict=True):
+        if member.weights_source:
+            load_weights(model, member.weights_source)
     if recipe and recipe.learning:
-        _train_watched(bench, member, model, recipe)
+        _train_watched(bench, members, models, recipe, recipe.learning)
     elif recipe:
-        train_network(model, bench.points, ids, recipe, member.seed, bench.device)
+        _train(bench, members, models, recipe)
+    seconds = time.perf_counter() - started
+    for member, model in zip(members, models, strict=True):
+        if not bench.directory.record("train", member.name).exists():
+            _store(bench, member, model, seconds / len(members))
+    return recipe.steps * len(members) if recipe else 0
+
+
+def _train(
+    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], recipe: Training,
+    at: Collection[int] = (), watch: Callable[[int], None] = lambda step: None,
+) -> None:  # fmt: skip
+    """One by `train`, several by `train_together`."""
+    splits, seeds = [bench.training_ids(member) for member in members], [member.seed for member in members]
+    replay = recipe.cuda_graph
+    if len(members) == 1:
+        train_network(models[0], bench.points, splits[0], recipe, seeds[0], bench.device, at, watch, replay=replay)
+    else:
+        train_together(models, bench.points, splits, recipe, seeds, bench.device, at, watch, replay=replay)
+
+
+def _store(bench: Workbench, member: Member, model: torch.nn.Module, seconds: float) -> None:
+    """seconds: of its training."""
+    started = time.perf_counter()
+    directory, recipe = bench.directory, member.config.training
     model.float().to(bench.device)
     example = bench.inputs(np.zeros(1, np.int64))
     with forward_pass(model, bench.device, bench.config.precision):  # what fails in it is told here
@@ -51,41 +78,51 @@ def train(bench: Workbench, member: Member) -> int:
         directory.record("train", member.name),
         {
             "weights_fingerprint": weights_fingerprint(model),
-            "n_train": len(ids),
+            "n_train": len(bench.training_ids(member)),
             "steps": recipe.steps if recipe else None,
             "precision": resolve_precision(recipe.precision, bench.device) if recipe else None,
             "probes": [asdict(probe) for probe in probes],
             "directions": directions,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds + time.perf_counter() - started,
         },
     )
-    return recipe.steps if recipe else 0
 
 
-def _train_watched(bench: Workbench, member: Member, model: torch.nn.Module, recipe: Training) -> None:
-    """Train, run all points through the network at each checkpoint, and store what that says of their learning.
+def _train_watched(
+    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], recipe: Training, learning: Learning
+) -> None:
+    """Train, run all points through the networks at each checkpoint, and store what that says of their learning.
 
     They go in the batches that `embed` makes, so that the last predictions are those of the table of depths.
     """
-    assert recipe.learning is not None
-    points, ids = bench.points, bench.training_ids(member)
-    steps = checkpoint_steps(recipe.steps, steps_per_epoch(len(ids), recipe.batch), recipe.learning)
-    table = LearningTable(points.labels, np.isin(np.arange(len(points)), ids), steps)
+    points, n_train = bench.points, [len(bench.training_ids(member)) for member in members]
     batches = [np.arange(*edges) for edges in blocks(len(points), bench.config.engine.batch_size)]
     keeps = is_resident(len(points), points.input_shape)
     kept = [bench.inputs(batch) for batch in batches] if keeps else []
+    steps = [checkpoint_steps(recipe.steps, steps_per_epoch(n, recipe.batch), learning) for n in n_train]
+    tables = [
+        LearningTable(points.labels, np.isin(np.arange(len(points)), bench.training_ids(member)), of_member)
+        for member, of_member in zip(members, steps, strict=True)
+    ]
 
     def watch(step: int) -> None:
-        said = []
-        for number, batch in enumerate(batches):
-            inputs = kept[number] if keeps else bench.inputs(batch)
-            logits = batch_logits(model, inputs, int(batch[0]), member.name, bench.config.precision)
-            said.append(label_outputs(logits, points.labels[batch]))
+        looked_at = [number for number, of_member in enumerate(steps) if step in of_member]
+        said: dict[int, list[LabelOutputs]] = {number: [] for number in looked_at}
+        for batch_number, batch in enumerate(batches):
+            inputs = kept[batch_number] if keeps else bench.inputs(batch)
+            for number in looked_at:
+                logits = batch_logits(
+                    models[number], inputs, int(batch[0]), members[number].name, bench.config.precision
+                )
+                said[number].append(label_outputs(logits, points.labels[batch]))
         measures = [field.name for field in fields(LabelOutputs)]
-        table.add(step, **{name: np.concatenate([getattr(of_batch, name) for of_batch in said]) for name in measures})
+        for number, of_batches in said.items():
+            told = {name: np.concatenate([getattr(of_batch, name) for of_batch in of_batches]) for name in measures}
+            tables[number].add(step, **told)
 
-    train_network(model, points, ids, recipe, member.seed, bench.device, frozenset(steps), watch)
-    table.write(bench.directory.member_table("learning", member.name), bench.stamps, WATCHED)
+    _train(bench, members, models, recipe, frozenset().union(*steps), watch)
+    for member, table in zip(members, tables, strict=True):
+        table.write(bench.directory.member_table("learning", member.name), bench.stamps, WATCHED)
 
 
 def _fit_directions(bench: Workbench, member: Member, model: torch.nn.Module, probes: Sequence[Probe]) -> str | None:
