@@ -734,3 +734,39 @@ def test_votes_on_a_gpu_are_those_on_the_cpu(dtype):
                 if "return_neighbours" in arguments:
                     np.testing.assert_array_equal(a.neighbours.rows, b.neighbours.rows)
                     np.testing.assert_array_equal(a.neighbours.distances, b.neighbours.distances)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "share", "there"),
+    [
+        (70, 0, 0, 1.0, 70),
+        (50, 20, 15, 1.0, 55),  # what the allocator holds and does not use is free as well
+        (50, 20, 15, 0.25, 5),  # of a worker with others beside it: a fourth of 80
+        (10, 20, 15, 0.25, 5),
+        (2, 16, 15, 0.25, 3),  # the others have taken more than theirs
+        (50, 40, 30, 0.25, 0),
+    ],
+)
+def test_free_memory_of_a_process_and_of_its_share(monkeypatch, free, reserved, allocated, share, there):
+    """In figures of a GPU of 80 bytes; the device has no number, as a run's."""
+    answers = {
+        "mem_get_info": lambda device: (1000 * free, 80_000),
+        "memory_reserved": lambda device: 1000 * reserved,
+        "memory_allocated": lambda device: 1000 * allocated,
+        "get_per_process_memory_fraction": lambda device: {None: share}[device],
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    found = on_device.free_memory(torch.device("cuda"))
+    assert found == int(on_device.KEPT * 1000 * there)
+    assert on_device.free_memory(torch.device("cuda"), 2000) == min(found, 2000)
+
+
+@needs_gpu
+def test_free_memory_keeps_to_the_share():
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    try:
+        total = torch.cuda.get_device_properties(0).total_memory
+        assert 0 < on_device.free_memory(torch.device("cuda")) <= total / 4
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

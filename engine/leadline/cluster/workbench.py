@@ -48,6 +48,9 @@ class Workbench:
         self.stamps = stamps
         self.directory = directory
         self.device = torch.device("cuda" if config.engine.gpus else "cpu")
+        if config.engine.gpus:
+            # Workers that share a GPU each keep to their part of its memory, as a plan reckons.
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.engine.gpus))
         self.points = open_points(config.points)
         self.shards = shard_edges(config, len(self.points))
         self.query_blocks = blocks(len(self.points), config.engine.query_block)

@@ -539,11 +539,13 @@ def _launching_on(device: torch.device) -> AbstractContextManager[None]:
 
 
 def free_memory(device: torch.device, most: int | None = None) -> int:
-    """Bytes of the device that there are for a search."""
+    """Bytes of the device that there are for a search, by a process that may have only a share of it."""
     if device.type != "cuda":
         return MEMORY if most is None else most
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = int(KEPT * (torch.cuda.mem_get_info(device)[0] + held))
+    free_now, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
+    there = min(free_now + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
+    free = int(KEPT * max(0, there))
     return free if most is None else min(free, most)
 
 
