@@ -252,7 +252,9 @@ def member(folder: Path) -> dict[str, Any]:
     recipe = SimpleNamespace(
         steps=300, batch=128, learning_rate=0.04, milestones=(220,), decay=0.2, momentum=0.9, precision="bfloat16"
     )
-    points = SimpleNamespace(labels=labels.numpy(), input_shape=inputs.shape[1:], read=lambda ids: inputs[ids].numpy())
+    points = SimpleNamespace(
+        labels=labels.numpy(), input_shape=inputs.shape[1:], read_on=lambda ids, device: inputs[ids].to(device)
+    )
     started = time.perf_counter()
     train(model, points, np.arange(n_train), recipe, 0, DEVICE)  # type: ignore[arg-type]
     found: dict[str, Any] = {"training_seconds": time.perf_counter() - started}

@@ -64,8 +64,8 @@ class RandomPoints:
         self.labels = random.integers(0, CLASSES, n).astype(np.int32)
         self._inputs = random.standard_normal((n, *input_shape), np.float32)
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        return self._inputs[ids]
+    def read_on(self, ids: np.ndarray, device: torch.device | str) -> torch.Tensor:
+        return torch.from_numpy(self._inputs[ids]).to(device)
 
     def splits(self, members: int) -> list[np.ndarray]:
         """A random half for each member."""
@@ -178,7 +178,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 def loss(model: torch.nn.Module, points: RandomPoints, device: torch.device) -> float:
     """Of all points, in eval mode."""
-    inputs = torch.as_tensor(points.read(np.arange(len(points.labels))), device=device)
+    inputs = points.read_on(np.arange(len(points.labels)), device)
     with torch.no_grad():
         return F.cross_entropy(model(inputs), torch.as_tensor(points.labels, device=device).long()).item()
 

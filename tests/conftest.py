@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tiny import STUDIED, TINY, WATCHED
 
-WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py")
+WITHOUT_RUNS = ("knn", "points", "members", "depth", "test_one_model.py", "test_doctor.py", "test_gpu_benchmarks.py")
 CLUSTER = ("cluster", "test_cli.py")
 
 
