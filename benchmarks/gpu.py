@@ -38,9 +38,9 @@ from PIL import Image
 from leadline import machine, one_model, prediction_depth
 from leadline.embedding import in_place
 from leadline.errors import one_line
+from leadline.full_precision import full_precision
 from leadline.knn import Bank, SharedBank, count_votes, on_device
 from leadline.knn.on_device import DeviceBank
-from leadline.knn.threads import full_precision
 from leadline.members.architectures import build
 from leadline.members.train import train
 from leadline.members.weights import load_weights, save_weights

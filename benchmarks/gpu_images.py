@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from turns import in_turns, need_cuda, print_figures, wait_for
 
-from leadline.embedding.extract import float32_products
 from leadline.errors import one_line
+from leadline.full_precision import full_precision
 from leadline.points.ahead import read_ahead
 from leadline.points.dataset import Points
 from leadline.points.device_jpeg import decode_jpegs, fit_on_device
@@ -58,7 +58,7 @@ def measure(device: torch.device | str, quick: bool = False, compiles: bool = Tr
     on_host = partial(read_ahead, points, cut, device, cores)
     on_device = partial(decoded_on_device, encoded_points(files, resize, crop, "nvjpeg"), cut, device, cores)
     example = torch.as_tensor(points.read(cut[0]), device=device)
-    with float32_products():
+    with full_precision():
         forwards, why_not = make_forwards(device, example)
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from turns import in_turns, need_cuda, print_figures, wait_for
 
-from leadline.embedding.extract import float32_products
 from leadline.errors import one_line
+from leadline.full_precision import full_precision
 from leadline.members.architectures import build
 from leadline.members.together import steps_together, train_together
 from leadline.members.train import deterministic, resolve_precision, steps, train
@@ -139,7 +139,7 @@ def agreement(title: str, network: Network, device: torch.device, batch: int, pr
 
     def trained(way: Callable[..., None], replay: bool) -> tuple[list[torch.Tensor], list[float]]:
         models = network.models(members)
-        with float32_products():
+        with full_precision():
             way(models, replay)
             return [weights(model) for model in models], [loss(model, points, device) for model in models]
 

@@ -1,4 +1,4 @@
-"""The benchmarks of GPUs, run dry: small and on the CPU, so that a GPU that is lent for minutes meets no slip of the pen."""
+"""The benchmarks of GPUs run dry, small and on the CPU: a GPU that is there for minutes is to meet no slip in them."""
 
 import sys
 from pathlib import Path

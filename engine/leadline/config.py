@@ -58,7 +58,7 @@ class EncodedPoints(PointsSection):
 
     decoder: Literal["pillow", "nvjpeg"] = Field(
         default="pillow",
-        description="nvjpeg, with engine.gpus: JPEGs are decoded and resized on the GPU, pixels a level or two off",
+        description="nvjpeg, with engine.gpus: the GPU decodes and resizes JPEGs, to pixels that are some levels off",
     )
 
 

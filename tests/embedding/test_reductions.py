@@ -378,7 +378,7 @@ def test_stored_embeddings_are_narrow_and_other_directions_are_refused(tmp_path)
     config = load_config(REDUCED)
     directory, (member, other) = RunDirectory(tmp_path), list_members(config)
     bench = Workbench(config, {}, directory)
-    train(bench, member)
+    train(bench, [member])
     train(bench, other)
     embed(bench, [member], 1)
     widths = [np.load(directory.embedding(member.name, probe, 1)).shape[1] for probe in range(7)]

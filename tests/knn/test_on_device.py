@@ -770,3 +770,14 @@ def test_free_memory_keeps_to_the_share():
         assert 0 < on_device.free_memory(torch.device("cuda")) <= total / 4
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["flat", "hnswlib"])
+def test_indexes_of_what_lies_on_a_gpu(method):
+    pytest.importorskip("hnswlib" if method == "hnswlib" else "faiss")
+    bank = torch.randn(300, 8, device="cuda")
+    labels = torch.arange(300) % 5
+    found = leadline.knn_votes(bank, labels, bank[:40], k=7, method=method)
+    expected = leadline.knn_votes(bank.cpu(), labels, bank[:40].cpu(), k=7, method=method)
+    assert np.array_equal(found.winner, expected.winner)

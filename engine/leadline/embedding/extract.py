@@ -12,6 +12,7 @@ from leadline.embedding.outputs import Array, Outputs, summarise_logits
 from leadline.embedding.principal import Directions, principal_directions, search_bytes
 from leadline.embedding.reductions import Reducer, make_reducers, parse_reduction
 from leadline.errors import LeadlineError
+from leadline.full_precision import full_precision
 from leadline.members.probes import Probe, read_logits, read_probes
 
 SAMPLE = 4096  # points that principal directions are fitted to, or SAMPLE_OF_EACH for each direction where that is more
@@ -49,7 +50,7 @@ def embed_resident(
     """As `embed_batch`, but its embeddings stay on the device."""
     with forward_pass(model, inputs.device, precision):
         embeddings, logits = read_probes(model, probes, inputs)
-    with float32_products():
+    with full_precision():
         embeddings = [values.float() for values in embeddings]
         if reducers is not None:
             embeddings = [reduce(values) for reduce, values in zip(reducers, embeddings, strict=True)]
@@ -83,7 +84,7 @@ def embed_input(probe: Probe, inputs: torch.Tensor, first_point: int) -> Array:
     Raises LeadlineError that names the point where it is not finite.
     """
     (reduce,) = make_reducers([probe], {})
-    with float32_products():
+    with full_precision():
         values = reduce(inputs.flatten(1).to(torch.float32)).cpu().numpy()
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
@@ -127,7 +128,7 @@ def fit_directions(
     directions: dict[int, Directions] = {}
     for group in _groups([probe for probe in probes if probe.index in sizes], sizes, memory):
         stream = partial(_stream, model, probes, group, read, sample, batch_size, member, precision)
-        with float32_products():
+        with full_precision():
             found = principal_directions(stream, [sizes[index] for index in group])
         directions.update(zip(group, found, strict=True))
     return directions
@@ -175,7 +176,7 @@ def forward_pass(model: torch.nn.Module, device: torch.device, precision: str) -
     rounds = precision == "bfloat16"
     # Convolutions in bfloat16 are faster so; in float32 it would change the bits for nothing.
     layout = channels_last(model) if rounds and device.type == "cuda" else nullcontext()
-    with float32_products(), torch.autocast(device.type, torch.bfloat16, enabled=rounds), layout:
+    with full_precision(), torch.autocast(device.type, torch.bfloat16, enabled=rounds), layout:
         yield
 
 
@@ -195,16 +196,3 @@ def channels_last(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, before, strict=True):
             weight.data = data
-
-
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """Full float32 on GPUs: TF32 would make embeddings depend on the device's generation."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions

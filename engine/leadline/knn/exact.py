@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
+from leadline.full_precision import full_precision
 from leadline.knn import kernels
 from leadline.knn.arrays import Array, Rows, copied, is_in_memory
 from leadline.knn.rank import by_distance, rank_doubtful
 from leadline.knn.screen import NARROW, Screen, cells_of, error_of, prepare, scale_of
-from leadline.knn.threads import full_precision, spread
+from leadline.knn.threads import spread
 
 SPARE = 32  # candidates kept beyond k
 LARGEST = 1e145  # beyond it the sum of the squares of many differences is no float64

@@ -15,6 +15,7 @@ from math import inf, isqrt
 import numpy as np
 import torch
 
+from leadline.full_precision import full_precision
 from leadline.knn.arrays import Array, Rows, copied
 from leadline.knn.exact import (
     LARGEST,
@@ -28,7 +29,6 @@ from leadline.knn.exact import (
     refuse_too_few,
 )
 from leadline.knn.screen import NARROW, ROUNDS, error_of, kmeans, scale_of
-from leadline.knn.threads import full_precision
 
 try:
     from leadline.knn import fused

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from leadline.errors import LeadlineError
+from leadline.full_precision import full_precision
 from leadline.knn.arrays import Array, Part, Rows
 from leadline.knn.exact import MEMORY, Bank, Cost, refuse_other_width, refuse_too_few
 from leadline.knn.on_device import DeviceBank, free_memory, holds
 from leadline.knn.rank import merged
-from leadline.knn.threads import full_precision
 
 Devices = str | torch.device | Sequence[str | torch.device]
 Result = TypeVar("Result")
@@ -70,7 +70,8 @@ class SharedBank:
             first, stop = (0, n_bank) if self._is_whole else self._edges[i : i + 2]
             return DeviceBank(_part(rows, first, stop), devices[i], memory, first)
 
-        self._banks = _at_once(make_ready, n)
+        with full_precision():  # for all threads: it is of the process
+            self._banks = _at_once(make_ready, n)
         each = "all" if self._is_whole else "a share of the"
         self.plan = f"{n} devices with {each} rows each, {self._banks[0].plan}"
 
@@ -86,7 +87,7 @@ class SharedBank:
         refuse_other_width(self._rows, queries)
         refuse_too_few(self._rows.shape[0], k, exclude)
         own = np.full(queries.shape[0], -1) if exclude is None else exclude
-        with full_precision():  # for all threads: it is of the process
+        with full_precision():
             rows, cost = (self._of_whole if self._is_whole else self._of_parts)(queries, k, own)
         return np.sort(rows, axis=1), cost
 

@@ -4,9 +4,8 @@ torch's own threads wait for each other after every product, spinning on the pro
 products need. So each thread has its share of the queries, from the first product to the last loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -28,17 +27,3 @@ def spread(work: Callable[[slice], Result], n: int) -> list[Result]:
             return list(pool.map(work, [slice(first, stop) for first, stop in pairwise(edges)]))
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """The bounds are of the products as they are asked for: short cuts by TF32 and bfloat16 sums are switched off."""
-    cuda = torch.backends.cuda.matmul
-    before, sums = torch.get_float32_matmul_precision(), cuda.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    cuda.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        cuda.allow_bf16_reduced_precision_reduction = sums

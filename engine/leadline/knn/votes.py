@@ -125,7 +125,8 @@ def knn_votes(
     method: "exact", or how approximate neighbours are found, as NAME or NAME:KEY=NUMBER,KEY=NUMBER: flat, ivf-flat,
     ivf-pq, hnsw, hnsw-sq8 (faiss), hnswlib, and on a GPU gpu-flat, gpu-ivf-flat, gpu-ivf-pq, cagra (faiss), with the
     parameters and defaults of docs/decisions/0006-indexes.md. Each votes with k rows; only their choice is approximate.
-    `device` and `winners_only` then change nothing in the search, and the index is in memory beside `memory_budget`.
+    `device` and `winners_only` then change nothing in the search, what lies on a GPU is copied to main memory, and the
+    index is there beside `memory_budget`.
 
     Raises LeadlineError for values that are not finite, labels out of range, sizes that do not agree, fewer than k bank
     rows to choose from, devices that are not here, and a method that is not known or whose package or GPU is missing.
@@ -133,7 +134,10 @@ def knn_votes(
     chosen = usable_method(method)
     if device is None:
         device = bank.device if isinstance(bank, torch.Tensor) else "cpu"
-    first = devices_of(device)[0]
+    devices = devices_of(device)
+    if chosen.name != "exact":
+        devices = devices_of("cpu")  # indexes are made of arrays
+    first = devices[0]
     rows, asked = _matrix(bank, "bank", first), _matrix(queries, "queries", first)
     refuse_other_width(rows, asked)
     given = _integers(labels, "labels", rows.shape[0], "bank row")
@@ -149,7 +153,7 @@ def knn_votes(
         raise LeadlineError(f"k: {k} neighbours cannot vote; give at least 1")
     ready: ExactBank | Index
     if chosen.name == "exact":
-        ready = bank_on(rows, device, memory_budget)
+        ready = bank_on(rows, devices, memory_budget)
     else:
         ready = build_index(chosen, rows, memory_budget=memory_budget)
     if winners_only:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leadline.errors import LeadlineError, one_line
+from leadline.full_precision import full_precision
 from leadline.members.probes import eval_mode
 
 if TYPE_CHECKING:
@@ -127,9 +128,11 @@ def descend(
         for group in optimizer.param_groups:
             group["lr"] = rate
         if replay and step >= STEPS_BEFORE_CAPTURE and rate != rate_in_graph:
+            take = step_on  # the memory of an earlier graph is free before there is another
             optimizer.zero_grad()  # gradients are to lie in the graph's own memory
             take, rate_in_graph = _captured(step_on, batch), rate
-        unchecked.append(take(batch))
+        with _refusing_to_wait() if replay and step == STEPS_BEFORE_CAPTURE - 1 else nullcontext():
+            unchecked.append(take(batch))
         done = step + 1
         if len(unchecked) == STEPS_BETWEEN_CHECKS or done == training.steps or done in at:
             _check_losses(unchecked, step, rate, whose)
@@ -140,16 +143,9 @@ def _captured(step_on: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[T
     """A step as a CUDA graph on the current stream. Capturing it takes no step."""
     given, graph = batch.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream(batch.device)
-    try:
-        # Other threads (Ray's, a reader's) may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            losses = step_on(given)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise LeadlineError(
-            f"training.cuda_graph: a step of the network cannot be captured ({one_line(error)}); leave cuda_graph out"
-        ) from error
+    # Other threads (Ray's, a reader's) may go on using CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        losses = step_on(given)
 
     def replayed(batch: Tensor) -> Tensor:
         given.copy_(batch)
@@ -157,6 +153,23 @@ def _captured(step_on: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[T
         return losses.clone()
 
     return replayed
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """What waits for the device cannot be captured, and to try would leave torch's memory of this process unusable."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LeadlineError(
+            f"training.cuda_graph: a step of the network cannot be captured ({one_line(error)}); leave cuda_graph out"
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def steps_per_epoch(n_points: int, batch: int) -> int:
@@ -188,12 +201,12 @@ def resolve_precision(precision: str, device: torch.device | str) -> Literal["fl
 
 @contextmanager
 def deterministic(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers (of dropout, say) from `seed` and no choice of kernels by their speed, for a while."""
+    """Random numbers (of dropout, say) from `seed`, full float32, no choice of kernels by their speed, for a while."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with full_precision(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:

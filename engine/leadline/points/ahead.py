@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def read_ahead(
     Raises LeadlineError of `points.read_on` where the batch's turn has come.
     """
     device = torch.device(device)
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    copies = _stream_of_copies(device) if device.type == "cuda" else None
 
     def fill(host: NDArray[np.float32], first: int, ids: NDArray[np.int64]) -> None:
         host[first : first + len(ids)] = points.read(ids)
@@ -70,6 +71,12 @@ def read_ahead(
                 yield _arrived(*waiting.popleft())
         while waiting:
             yield _arrived(*waiting.popleft())
+
+
+@cache
+def _stream_of_copies(device: torch.device) -> Any:
+    """One for each device: what torch keeps of freed memory is kept for a stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _arrived(ids: NDArray[np.int64], coming: Future[Arriving]) -> tuple[NDArray[np.int64], Tensor]:

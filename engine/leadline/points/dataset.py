@@ -123,8 +123,8 @@ class Points:
     def read_on(self, ids: NDArray[np.int64], device: torch.device | str) -> Tensor:
         """Inputs float32 [n, *input_shape] on a device, those of `read`, and what it raises.
 
-        Where the configured decoder is nvjpeg and the device a CUDA device, plain JPEGs are decoded there, with pixels
-        a level or two off. Raises LeadlineError too where nvJPEG cannot be used.
+        Where the configured decoder is nvjpeg and the device a CUDA device, plain JPEGs are decoded there, to
+        pixels that are some levels off. Raises LeadlineError too where nvJPEG cannot be used.
         """
         device = torch.device(device)
         if not self.decodes_on(device):

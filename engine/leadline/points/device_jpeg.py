@@ -1,11 +1,13 @@
 """JPEGs decoded and brought to size on a GPU, where a configuration says `decoder: nvjpeg`.
 
-Decoders differ: nvJPEG's pixels are a level or two off those of Pillow (another inverse transform, another
-interpolation of the colours), and so the embeddings, and a few votes, are others as well. Decoding here is therefore a
+Decoders differ: nvJPEG's pixels are a level or two off those of Pillow (another inverse transform), and several levels
+where colours are stored at half the resolution, as in most JPEGs (as torchvision calls it, it repeats them; Pillow
+interpolates). So the embeddings, and some votes, are others as well. Decoding here is therefore a
 choice that is made by name and recorded with what came of it, never one that a machine makes for being able to.
 """
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,11 +41,11 @@ def decode_opened(images: Sequence[Opened], device: torch.device, where: Sequenc
     jpegs = {i: image for i, image in enumerate(images) if isinstance(image, bytes)}
     try:
         pixels = dict(zip(jpegs, decode_jpegs(list(jpegs.values()), device) if jpegs else (), strict=True))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        fault = fault_of_nvjpeg(device)
-        if fault is not None:
+    except RuntimeError as error:
+        if not _is_of_the_file(error):
+            fault = fault_of_nvjpeg(device)
+            if fault is None:
+                raise
             mend = "leave decoder out, or install a torchvision that has it"
             raise LeadlineError(f"points.decoder: nvJPEG cannot be used here ({fault}); {mend}") from None
         pixels = {i: _decode_alone(encoded, device, where[i]) for i, encoded in jpegs.items()}
@@ -53,10 +55,16 @@ def decode_opened(images: Sequence[Opened], device: torch.device, where: Sequenc
 def _decode_alone(encoded: bytes, device: torch.device, where: str) -> Tensor:
     try:
         return decode_jpegs([encoded], device)[0]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if not _is_of_the_file(error):
+            raise
         return torch.tensor(_by_pillow(encoded, where)).to(device)
+
+
+def _is_of_the_file(error: RuntimeError) -> bool:
+    """Whether nvJPEG said of a file that it is damaged or of no kind that it knows (statuses 3 and 4), and not that it
+    has no memory, say."""
+    return re.search(r"jpeg stream: [34]\b", str(error)) is not None
 
 
 def _by_pillow(encoded: bytes, where: str) -> NDArray[np.uint8]:

@@ -11,8 +11,8 @@ import torch
 from scipy.special import entr, softmax
 from torch import Tensor, nn
 
-from leadline.embedding.extract import float32_products
 from leadline.errors import LeadlineError
+from leadline.full_precision import full_precision
 from leadline.knn.arrays import Array
 from leadline.members.probes import eval_mode
 
@@ -58,7 +58,7 @@ def adversarial_input_margin(model: nn.Module, inputs: Any, *, batch_size: int =
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     margins = np.empty(len(inputs), np.float32)
-    with eval_mode(model), float32_products():
+    with eval_mode(model), full_precision():
         for first in range(0, len(inputs), batch_size):
             rows = inputs[first : first + batch_size]
             rows = rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
