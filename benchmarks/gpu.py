@@ -222,7 +222,7 @@ def apart() -> dict[str, Any]:
     given = latent(ROWS, 2048).cpu().numpy()
     every, n_devices = np.arange(ROWS), torch.cuda.device_count()
     devices = [torch.device("cuda", i) for i in range(n_devices)]
-    quarter = 24 * given.size // 4
+    quarter = 24 * given.size // 4 + 12 * len(given) * 128  # and what rows are from the centres of cells
     ways: dict[str, Callable[[], Any]] = {
         "whole": lambda: DeviceBank(given, DEVICE),
         "in four tiles": lambda: DeviceBank(given, DEVICE, quarter),

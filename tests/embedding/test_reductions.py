@@ -379,7 +379,7 @@ def test_stored_embeddings_are_narrow_and_other_directions_are_refused(tmp_path)
     directory, (member, other) = RunDirectory(tmp_path), list_members(config)
     bench = Workbench(config, {}, directory)
     train(bench, [member])
-    train(bench, other)
+    train(bench, [other])
     embed(bench, [member], 1)
     widths = [np.load(directory.embedding(member.name, probe, 1)).shape[1] for probe in range(7)]
     assert widths == [40, 16, 64, 8, 16, 32, 10]

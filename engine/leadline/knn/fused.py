@@ -8,11 +8,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -33,6 +35,8 @@ ON_HOPPER = {0: Shape(128, 4, 3), 512: Shape(256, 8, 3)}  # by the least width, 
 # Tried on other GPUs, some of which have not the shared memory for the first.
 SHAPES = (Shape(256, 8, 3), Shape(256, 8, 2), Shape(128, 8, 3), Shape(128, 4, 3), Shape(128, 4, 2), Shape(128, 4, 1))
 TRIED = 32  # tiles of queries, and of rows, that a shape is tried on
+BY_TILE_FROM = 9  # generation of GPUs that bring a tile of rows from memory in one piece
+FLUSHES = 10  # for which Triton 3.6 compiles the product only where an accumulator is added to another
 DEPTH = 64  # float16 values of a row that one step multiplies; of int8 twice as many
 FLUSH = 4096  # values that one accumulator adds up
 RUN = 16  # rows of which the nearest alone is estimated: every eighth of 128, as one thread holds them; at most 16
@@ -48,6 +52,7 @@ GONE = -(1 << 30)  # candidates of a query that is not searched here
 LANES, LEAF = 8, 128  # numpy's pairwise sum: lanes of a leaf, squares of a leaf
 ROUNDOFF = 2.0**-23  # of a sum in float32: tensor cores may cut off where others round
 SLACK = 2.0**-20  # of float32 arithmetic on bounds
+_LAUNCHING = Lock()
 LEAST = tl.constexpr(-1e38)  # below any score of a row, above that of no row
 
 
@@ -98,13 +103,25 @@ def _near(
     tl.store(out + pid, tl.max(near.to(tl.int32), axis=1).to(tl.int8), mask=inside)
 
 
+@triton.jit
+def _values(rows, first, k, padded, BY_TILE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Values k to k + DEPTH of ROWS rows: in one piece where the GPU can, else by the addresses of all."""
+    if BY_TILE:
+        part = rows.load([first, k])
+    else:
+        d = k + tl.arange(0, DEPTH)
+        at = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None] * padded + d[None, :]
+        part = tl.load(rows + at, mask=d[None, :] < padded, other=0)
+    return part
+
+
 @triton.jit(do_not_specialize=["first", "n_tiles", "n_query_tiles", "stride", "bias_stride", "n_bank_tiles"])
 def _screen(
     queries, rows, query_step, row_step, limit, lam, rho, slip, far, query_cell, longest, lost, bias, order, order_cell,
-    todo, best_out, masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, gamma,
-    BOUND: tl.constexpr, PRUNE: tl.constexpr, NARROW: tl.constexpr, EIGHT: tl.constexpr, FLUSHED: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr, RUN: tl.constexpr,
-    GROUP: tl.constexpr, SLACK: tl.constexpr, PRODUCT: tl.constexpr,
+    todo, best_out, masks_out, flags, first, n_tiles, n_query_tiles, stride, bias_stride, n_bank_tiles, width, padded,
+    gamma, BOUND: tl.constexpr, PRUNE: tl.constexpr, NARROW: tl.constexpr, EIGHT: tl.constexpr, FLUSHED: tl.constexpr,
+    BY_TILE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr,
+    RUN: tl.constexpr, GROUP: tl.constexpr, SLACK: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against the t-th nearest tile of rows, first <= t < first + n_tiles.
 
@@ -124,25 +141,28 @@ def _screen(
     total = tl.zeros((QUERIES, ROWS), tl.float32)
     if NARROW:
         for d in range(width):
-            q = tl.load(queries + i * width + d)
-            x = tl.load(rows + j * width + d)
+            q = tl.load(queries + i.to(tl.int64) * width + d)
+            x = tl.load(rows + j.to(tl.int64) * width + d)
             difference = q[:, None] - x[None, :]
             total += difference * difference
     elif EIGHT:
         whole = tl.zeros((QUERIES, ROWS), tl.int32)
         for k in range(0, width, DEPTH):
-            of_queries, of_rows = queries.load([query_tile * QUERIES, k]), rows.load([tile * ROWS, k])
+            of_queries = _values(queries, query_tile * QUERIES, k, padded, BY_TILE, QUERIES, DEPTH)
+            of_rows = _values(rows, tile * ROWS, k, padded, BY_TILE, ROWS, DEPTH)
             whole = tl.dot(of_queries, of_rows.T, whole, out_dtype=tl.int32)
         total = whole.to(tl.float32) * (tl.load(query_step + i)[:, None] * tl.load(row_step + j)[None, :])
     elif FLUSHED:
         for start in range(0, width, FLUSH):
             part = tl.zeros((QUERIES, ROWS), tl.float32)
             for k in range(start, tl.minimum(start + FLUSH, width), DEPTH):
-                part = tl.dot(queries.load([query_tile * QUERIES, k]), rows.load([tile * ROWS, k]).T, part)
+                of_queries = _values(queries, query_tile * QUERIES, k, padded, BY_TILE, QUERIES, DEPTH)
+                part = tl.dot(of_queries, _values(rows, tile * ROWS, k, padded, BY_TILE, ROWS, DEPTH).T, part)
             total += part
     else:
         for k in range(0, width, DEPTH):
-            total = tl.dot(queries.load([query_tile * QUERIES, k]), rows.load([tile * ROWS, k]).T, total)
+            of_queries = _values(queries, query_tile * QUERIES, k, padded, BY_TILE, QUERIES, DEPTH)
+            total = tl.dot(of_queries, _values(rows, tile * ROWS, k, padded, BY_TILE, ROWS, DEPTH).T, total)
     a = tl.load(far + cell.to(tl.int64) * stride + i)
     t_i = tl.load(limit + i)
     shift = tl.load(bias + own.to(tl.int64) * bias_stride + j)
@@ -530,9 +550,9 @@ def shape_of(device: torch.device, width: int) -> Shape | None:
 
     Of a Hopper GPU it is known; others try SHAPES, once for each power of two of the width, some seconds long.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0):
+    if is_known(device):
         return next(shape for least, shape in sorted(ON_HOPPER.items(), reverse=True) if width >= least)
-    return fastest(device, min(triton.next_power_of_2(width), FLUSH))
+    return fastest(device, min(max(DEPTH, triton.next_power_of_2(width)), FLUSH))
 
 
 @cache
@@ -544,7 +564,7 @@ def fastest(device: torch.device, width: int) -> Shape | None:
             seconds[shape] = _seconds(shape, device, width)
         except OutOfResources as error:
             why = one_line(error)
-        except RuntimeError as error:
+        except (RuntimeError, TritonError) as error:
             if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
                 raise
             why = one_line(error)  # of a compiler that is older than the GPU
@@ -556,6 +576,17 @@ def fastest(device: torch.device, width: int) -> Shape | None:
             stacklevel=2,
         )
     return min(seconds, key=seconds.__getitem__) if seconds else None
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """One at a time: a kernel that one thread is loading is not ready for the next one."""
+    with _LAUNCHING:
+        kernel[grid](*arguments, **options)
+
+
+def is_known(device: torch.device) -> bool:
+    """Whether ON_HOPPER is of such a device."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def interpreted() -> bool:
@@ -578,16 +609,16 @@ def round_rows(
     """rows[order], scaled, about the centres of their cells, times UNIT in float16 or in steps of their own in int8.
 
     rows [N, D]; order int64 and cell int32 [P], order -1 for zeros; centre float64 [D]; centres float64 [C, D]. Returns
-    values [P, D'], D' so that a row is a multiple of 16 bytes; steps float32 [P], of int8 alone; and float64 [P]:
+    values [P, D'], D' a multiple of 16; steps float32 [P], of int8 alone; and float64 [P]:
     squared lengths of the rows before they were rounded, and of what rounding took.
     """
     n, width, eight = len(order), rows.shape[1], dtype == torch.int8
-    multiple = 16 // dtype.itemsize
-    padded = -(-width // multiple) * multiple
+    padded = -(-width // 16) * 16  # what Triton knows of the addresses of rows, to read many values at once
     values = torch.empty((n, padded), dtype=dtype, device=rows.device)
     steps = torch.empty(n, device=rows.device)
     squares, lost = torch.empty((2, n), dtype=torch.float64, device=rows.device)
-    _round[(n,)](
+    _launch(
+        _round, (n,),
         rows, order, cell, centre, scale, centres, values, steps, squares, lost, width, padded, EIGHT=eight,
         BLOCK=min(1024, triton.next_power_of_2(padded)), UNIT=UNIT, LEVELS=LEVELS, num_warps=4,
     )  # fmt: skip
@@ -604,8 +635,9 @@ def screen(q: QueryTiles, r: RowTiles, first: int, n: int, width: int, prune: bo
     todo = _to_do(q, r, first, n) if prune else None
     number = len(q.cell) * n if todo is None else len(todo)
     if number:
-        _launch(q, r, first, n, width, todo, best, bits, flags, number)
-        _collect[(len(q.limit),)](
+        _multiply(q, r, first, n, width, todo, best, bits, flags, number)
+        _launch(
+            _collect, (len(q.limit),),
             q.counts, q.estimates, q.candidates, q.masks, q.far, q.cell, r.nearest, r.nearest_cell, best, bits, flags,
             first, n, q.far.stride(0), len(r.cell), NARROW=_is_narrow(q), QUERIES=QUERIES, ROWS=r.shape.rows, RUN=RUN,
             CAPACITY=CAPACITY, STEP=min(STEP, triton.next_power_of_2(runs)), num_warps=1,
@@ -617,8 +649,8 @@ def bound(q: QueryTiles, r: RowTiles, n: int, k: int, width: int) -> None:
     """Lower each query's limit to what k of the rows of its n nearest tiles prove."""
     runs = n * (r.shape.rows // RUN)
     bounds = torch.empty((len(q.limit), runs), device=q.limit.device)
-    _launch(q, r, 0, n, width, None, bounds, None, None, len(q.cell) * n)
-    _bound[(len(q.limit),)](bounds, q.limit, k, runs, BLOCK=triton.next_power_of_2(runs), num_warps=2)
+    _multiply(q, r, 0, n, width, None, bounds, None, None, len(q.cell) * n)
+    _launch(_bound, (len(q.limit),), bounds, q.limit, k, runs, BLOCK=triton.next_power_of_2(runs), num_warps=2)
 
 
 def refine(q: QueryTiles, r: RowTiles, k: int, width: int, ends: torch.Tensor | None = None) -> None:
@@ -628,7 +660,8 @@ def refine(q: QueryTiles, r: RowTiles, k: int, width: int, ends: torch.Tensor | 
     nearest, one row each, and how many rows there are in all of it.
     """
     n_sure, n_rows = (q.counts, q.counts) if ends is None else ends
-    _refine[(len(q.limit),)](
+    _launch(
+        _refine, (len(q.limit),),
         q.counts, q.estimates, q.candidates, q.masks, q.limit, q.length, q.lost, q.slip, q.far, r.cell, r.longest,
         r.lost, q.own, n_sure, n_rows, k, q.far.stride(0), roundoff(width, q.values.dtype), FINAL=ends is not None,
         NARROW=_is_narrow(q), ROWS=r.shape.rows, RUN=RUN, CAPACITY=CAPACITY, SLACK=SLACK, GONE=GONE,
@@ -647,7 +680,8 @@ def expand(
     """
     first = n_open.cumsum(0) - n_open
     pairs = torch.empty((2, int(n_open.sum())), dtype=torch.int64, device=which.device)
-    _expand[(len(which),)](
+    _launch(
+        _expand, (len(which),),
         which, query_of, q.counts, n_sure, q.candidates, q.masks, order, first, chosen, pairs[0], pairs[1],
         chosen.shape[1], ROWS=r.shape.rows, RUN=RUN, CAPACITY=CAPACITY,
         BLOCK=min(most, CAPACITY), num_warps=1 if most <= 64 else 4,
@@ -664,7 +698,8 @@ def choose(
     most: as there.
     """
     first = n_open.cumsum(0) - n_open
-    _choose[(len(which),)](
+    _launch(
+        _choose, (len(which),),
         which, query_of, n_sure, first, n_open, rows, squares, chosen, chosen.shape[1], BLOCK=most,
         STEP=min(most, 32), num_warps=4,
     )  # fmt: skip
@@ -681,7 +716,8 @@ def measure(
     """
     n, block = len(which_query), min(32, len(starts))
     out = torch.empty((n, len(starts) // block), dtype=torch.float64, device=rows.device)
-    _measure[(n, len(starts) // block)](
+    _launch(
+        _measure, (n, len(starts) // block),
         queries, rows, which_query, which_row, starts, sizes, out, rows.shape[1], len(starts), last, tail, BLOCK=block,
         LANES=LANES, LEAF=LEAF, num_warps=4 if block > 8 else 1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -712,10 +748,15 @@ def _seconds(shape: Shape, device: torch.device, width: int) -> float:
     took = []
     for _ in range(4):  # the first compiles
         started = time.perf_counter()
-        _launch(q, r, 0, TRIED, width, None, best, bits, flags, TRIED * TRIED)
+        _multiply(q, r, 0, TRIED, width, None, best, bits, flags, TRIED * TRIED)
         flags.any().item()
         took.append(time.perf_counter() - started)
     return min(took)
+
+
+def _generation(device: torch.device) -> int:
+    """The first number of a GPU's compute capability; of Triton's interpreter that of a Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else BY_TILE_FROM
 
 
 def _is_narrow(q: QueryTiles) -> bool:
@@ -726,7 +767,8 @@ def _to_do(q: QueryTiles, r: RowTiles, first: int, n: int) -> torch.Tensor:
     """The pairs of tiles that are not left out, as `_place` counts them, int64."""
     near = torch.empty((len(q.cell), n), dtype=torch.int8, device=q.limit.device)
     block = 16
-    _near[(triton.cdiv(near.numel(), block),)](
+    _launch(
+        _near, (triton.cdiv(near.numel(), block),),
         near, q.limit, q.length, q.slip, q.far, q.cell, r.inner, r.outer, r.apart, r.nearest, r.nearest_cell, first, n,
         len(q.cell), q.far.stride(0), len(r.cell), len(r.apart), QUERIES=QUERIES, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -735,20 +777,23 @@ def _to_do(q: QueryTiles, r: RowTiles, first: int, n: int) -> torch.Tensor:
     return torch.cat(groups).nonzero()[:, 0]
 
 
-def _launch(
+def _multiply(
     q: QueryTiles, r: RowTiles, first: int, n: int, width: int, todo: torch.Tensor | None, best: torch.Tensor,
     bits: torch.Tensor | None, flags: torch.Tensor | None, number: int,
 ) -> None:  # fmt: skip
     narrow, eight = _is_narrow(q), q.values.dtype == torch.int8
     depth = 2 * DEPTH if eight else DEPTH
-    queries: Any = q.values if narrow else TensorDescriptor.from_tensor(q.values, [QUERIES, depth])
-    rows: Any = r.values if narrow else TensorDescriptor.from_tensor(r.values, [r.shape.rows, depth])
-    _screen[(number,)](
+    generation = _generation(q.limit.device)
+    by_tile = not narrow and generation >= BY_TILE_FROM
+    queries: Any = TensorDescriptor.from_tensor(q.values, [QUERIES, depth]) if by_tile else q.values
+    rows: Any = TensorDescriptor.from_tensor(r.values, [r.shape.rows, depth]) if by_tile else r.values
+    _launch(
+        _screen, (number,),
         queries, rows, q.steps, r.steps, q.limit, q.length, q.lost, q.slip, q.far, q.cell, r.longest, r.lost, r.bias,
         r.nearest, r.nearest_cell, q.cell if todo is None else todo, best, best if bits is None else bits,
         best if flags is None else flags, first, n, len(q.cell), q.far.stride(0), 0 if narrow else r.bias.stride(0),
-        len(r.cell), width, roundoff(width, q.values.dtype), BOUND=bits is None, PRUNE=todo is not None, NARROW=narrow,
-        EIGHT=eight, FLUSHED=width > FLUSH, QUERIES=QUERIES, ROWS=r.shape.rows, DEPTH=depth, FLUSH=FLUSH, RUN=RUN,
-        GROUP=GROUP, SLACK=SLACK, PRODUCT=1.0 if eight else UNIT**-2, num_warps=r.shape.warps,
-        num_stages=r.shape.stages,
+        len(r.cell), width, q.values.shape[1], roundoff(width, q.values.dtype), BOUND=bits is None,
+        PRUNE=todo is not None, NARROW=narrow, EIGHT=eight, FLUSHED=width > FLUSH or generation == FLUSHES,
+        BY_TILE=by_tile, QUERIES=QUERIES, ROWS=r.shape.rows, DEPTH=depth, FLUSH=FLUSH, RUN=RUN, GROUP=GROUP,
+        SLACK=SLACK, PRODUCT=1.0 if eight else UNIT**-2, num_warps=r.shape.warps, num_stages=r.shape.stages,
     )  # fmt: skip

@@ -45,7 +45,10 @@ HOPELESS = 0.9
 SEEN_FIRST = 4096  # rows that give a query its first limit
 GROWTH = 4  # from one look at the limits to the next, in rows seen
 MOST_ROWS = (64, 256, 1024)  # candidates of queries that are ranked alike; those of more are searched in float64
-BUFFER = 4 << 30  # bytes of what comes out of products
+BUFFER = 4 << 30  # bytes of what comes out of products, at most
+PINNED = 1 << 28  # bytes of rows on their way to a GPU
+BYTES_OF_A_VALUE = 8  # of a query, which may be in float64
+BYTES_OF_A_PAIR = 64  # of a query and a row whose distance is measured: both numbers, the distance, and their sorting
 LONGEST_K = 100  # neighbours that the lists have room for
 FAR = 1e20  # squared length of a query whose products may overflow: it is searched in float64
 SLACK = 2.0**-48  # of float64 arithmetic on rows at most 1 long
@@ -75,8 +78,7 @@ class DeviceBank:
         n_bank, width = rows.shape
         self._number, self._screen = number, SCREENS[screen]
         fits = holds(rows, self._device, self._memory)
-        n_tiles = 1 if fits else -(-24 * n_bank * width // self._memory)
-        self._step = max(1, -(-n_bank // n_tiles))
+        self._step = n_bank if fits else _rows_of_a_tile(n_bank, width, self._memory)
         with _launching_on(self._device):
             self._whole = Tile(_on(rows, slice(0, n_bank), self._device), 0, self._screen, number) if fits else None
         self.plan = self._whole.plan if self._whole else f"{-(-n_bank // self._step)} tiles of {self._step} rows"
@@ -171,10 +173,12 @@ class DeviceBank:
         stream = None
         if self._device.type == "cuda":
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            if isinstance(self._rows, torch.Tensor) and self._rows.is_cuda:
+                stream.wait_stream(torch.cuda.current_stream(self._rows.device))
 
         def bring(first: int) -> torch.Tensor:
             with torch.cuda.stream(stream):
-                return _on(self._rows, slice(first, first + self._step), self._device, pinned=stream is not None)
+                return _on(self._rows, slice(first, first + self._step), self._device)
 
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(bring, 0)
@@ -191,7 +195,7 @@ class DeviceBank:
         """Queries that go through a tile together."""
         n, width = queries.shape
         lists = 12 * fused.CAPACITY if fused else 0
-        of_one = 6 * width + 8 * _n_cells(self._step) + lists + 256
+        of_one = (BYTES_OF_A_VALUE + 2) * width + 8 * _n_cells(self._step) + lists + 256
         step = max(1024, free_memory(self._device, self._memory) // of_one)
         step = max(1, -(-n // max(1, -(-n // step))))
         for first in range(0, n, step):
@@ -410,7 +414,8 @@ class Tile:
             edges.append(min(n_tiles, max(GROWTH * seen, GROWTH * edges[-1])))
         ends = torch.zeros((2, n), dtype=torch.int32, device=device)
         longest = max(stop - first for first, stop in pairwise(edges)) * (size // fused.RUN)
-        step, n_pairs = max(1, BUFFER // (6 * longest * fused.QUERIES)), 0
+        buffer = min(BUFFER, free_memory(device) // 8)
+        step, n_pairs = max(1, buffer // (6 * longest * fused.QUERIES)), 0
         for start in range(0, len(q.cell), step):
             part = q.part(start, start + step)
             fused.bound(part, made, seen, k + 1, width)  # one may be the query's own
@@ -433,10 +438,12 @@ class Tile:
             if not len(some):
                 continue
             n_open = (n_rows - n_sure)[some].long()
-            i, rows = fused.expand(q, self._made, self._order, some, order, n_sure, n_open, chosen, most)
-            if len(i):
-                fused.choose(some, order, n_sure, n_open, rows, self.squares(queries, i, rows), chosen, most)
-            measured += len(i)
+            for part in _runs_of(n_open, BYTES // BYTES_OF_A_PAIR):
+                asked, n = some[part], n_open[part]
+                i, rows = fused.expand(q, self._made, self._order, asked, order, n_sure, n, chosen, most)
+                if len(i):
+                    fused.choose(asked, order, n_sure, n, rows, self.squares(queries, i, rows), chosen, most)
+                measured += len(i)
         return measured
 
     def _in_float64(self, queries: torch.Tensor, k: int, own: torch.Tensor) -> torch.Tensor:
@@ -527,10 +534,29 @@ def _n_cells(n_bank: int) -> int:
 
 
 def holds(rows: Rows | torch.Tensor, device: torch.device, memory: int) -> bool:
-    """Whether a bank is made ready there once and kept: it lies there already, or fits so many bytes with the rest."""
+    """Whether a bank is made ready there once and kept, with room for queries and lists."""
     n_bank, width = rows.shape
-    # Beside a tile's rows: the next tile's, both rounded, queries as much again, and lists.
-    return (isinstance(rows, torch.Tensor) and rows.device == device) or 12 * n_bank * width <= memory
+    lies_there = isinstance(rows, torch.Tensor) and rows.device == device
+    return n_bank * ((4 if lies_there else 12) * width + 8 * _n_cells(n_bank)) <= memory
+
+
+def _rows_of_a_tile(n_bank: int, width: int, memory: int) -> int:
+    """As many rows as fit so many bytes: beside a tile's rows the next tile's, both rounded, queries as much again, and
+    what they are from the centres of all cells, of one tile after another."""
+    n_tiles = max(1, n_bank * 24 * width // max(1, memory))
+    while True:
+        step = -(-n_bank // n_tiles)
+        if step == 1 or step * (24 * width + 12 * _n_cells(step)) <= memory:
+            return step
+        n_tiles += 1 + n_tiles // 16
+
+
+def _runs_of(numbers: torch.Tensor, most: int) -> list[slice]:
+    """Slices of int64 [n], the sum of each of which is at most `most` or hardly more."""
+    totals = numbers.cumsum(0)
+    full = torch.arange(1, int(totals[-1]) // most + 1, device=numbers.device) * most
+    cuts = sorted({0, *(torch.searchsorted(totals, full) + 1).tolist(), len(numbers)})
+    return [slice(first, stop) for first, stop in pairwise(cuts)]
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[None]:
@@ -549,12 +575,23 @@ def free_memory(device: torch.device, most: int | None = None) -> int:
     return free if most is None else min(free, most)
 
 
-def _on(rows: Rows | torch.Tensor, part: slice, device: torch.device, pinned: bool = False) -> torch.Tensor:
-    """Some rows on the device, in their own precision."""
+def _on(rows: Rows | torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
+    """Some rows on the device, in their own precision, without gaps between them.
+
+    To a GPU they go through pinned memory in pieces: torch keeps that for good, and what it takes is a power of two.
+    """
     if isinstance(rows, torch.Tensor):
-        return rows[part].to(device)
-    here = torch.from_numpy(copied(rows, part))
-    return here.pin_memory().to(device, non_blocking=True) if pinned else here.to(device)
+        return rows[part].to(device).contiguous()
+    first, stop, _ = part.indices(rows.shape[0])
+    if device.type != "cuda":
+        return torch.from_numpy(copied(rows, slice(first, stop)))
+    start = torch.from_numpy(copied(rows, slice(first, first + 1)))
+    there = torch.empty((stop - first, *rows.shape[1:]), dtype=start.dtype, device=device)
+    step = max(1, PINNED // max(1, start.nbytes))
+    for at in range(first, stop, step):
+        piece = torch.from_numpy(copied(rows, slice(at, min(at + step, stop)))).pin_memory()
+        there[at - first : at - first + len(piece)].copy_(piece, non_blocking=True)
+    return there
 
 
 def _refuse_non_finite(rows: torch.Tensor, first: int, what: str) -> None:

@@ -44,9 +44,15 @@ def devices_of(device: Devices) -> list[torch.device]:
     kinds = {one.type for one in devices}
     if kinds != {"cuda"} and not (kinds == {"cpu"} and len(devices) == 1):
         raise LeadlineError(f"device: {said} has no search; {allowed}")
+    if kinds == {"cpu"}:
+        return devices
     n = torch.cuda.device_count()
-    if kinds == {"cuda"} and max(one.index or 0 for one in devices) >= n:
+    if max(one.index or 0 for one in devices) >= n:
         raise LeadlineError(f"device: {said}: torch sees {n} GPUs here; `leadline doctor` tells more")
+    current = torch.cuda.current_device()  # which is a thread's own
+    devices = [torch.device("cuda", current if one.index is None else one.index) for one in devices]
+    if len(set(devices)) < len(devices):
+        raise LeadlineError(f"device: {said} names a GPU twice; name each once")
     return devices
 
 
@@ -64,6 +70,7 @@ class SharedBank:
         self._rows = rows
         self._is_whole = all(holds(rows, device, free_memory(device, memory)) for device in devices)
         n = len(devices) if self._is_whole else min(len(devices), n_bank)
+        self._devices = devices[:n]
         self._edges = [n_bank * i // n for i in range(n + 1)]
 
         def make_ready(i: int) -> DeviceBank:
@@ -71,7 +78,7 @@ class SharedBank:
             return DeviceBank(_part(rows, first, stop), devices[i], memory, first)
 
         with full_precision():  # for all threads: it is of the process
-            self._banks = _at_once(make_ready, n)
+            self._banks = _at_once(make_ready, self._devices)
         each = "all" if self._is_whole else "a share of the"
         self.plan = f"{n} devices with {each} rows each, {self._banks[0].plan}"
 
@@ -97,8 +104,7 @@ class SharedBank:
             found = self._shared(queries, lambda bank, asked, some: bank.by_distance(asked, rows[some]))
             ordered, squares = (np.concatenate(each) for each in zip(*found, strict=True))
             return ordered, squares
-        n = len(self._banks)
-        of_each = _at_once(lambda i: self._banks[i].squares(queries, rows - self._edges[i]), n)
+        of_each = _at_once(lambda i: self._banks[i].squares(queries, rows - self._edges[i]), self._devices)
         return merged(rows, reduce(np.minimum, of_each), rows.shape[1])
 
     def _shared(
@@ -108,7 +114,7 @@ class SharedBank:
         n, n_queries = len(self._banks), queries.shape[0]
         edges = [n_queries * i // n for i in range(n + 1)]
         shares = [slice(first, stop) for first, stop in pairwise(edges)]
-        return _at_once(lambda i: ask(self._banks[i], _part(queries, *edges[i : i + 2]), shares[i]), n)
+        return _at_once(lambda i: ask(self._banks[i], _part(queries, *edges[i : i + 2]), shares[i]), self._devices)
 
     def _of_whole(self, queries: Rows | torch.Tensor, k: int, own: Array) -> tuple[Array, Cost]:
         def ask(bank: DeviceBank, asked: Rows | torch.Tensor, some: slice) -> tuple[Array, Cost]:
@@ -126,14 +132,20 @@ class SharedBank:
             assert squares is not None
             return first + rows.cpu().numpy(), squares.cpu().numpy(), cost
 
-        rows, squares, costs = zip(*_at_once(ask, len(self._banks)), strict=True)
+        rows, squares, costs = zip(*_at_once(ask, self._devices), strict=True)
         return merged(np.concatenate(rows, axis=1), np.concatenate(squares, axis=1), k)[0], reduce(add, costs)
 
 
-def _at_once(work: Callable[[int], Result], n: int) -> list[Result]:
-    """One thread a device: it waits for the device, and not for the others."""
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(work, range(n)))
+def _at_once(work: Callable[[int], Result], devices: Sequence[torch.device]) -> list[Result]:
+    """One thread a device, which waits for that device alone; on the streams of the caller."""
+    streams = [torch.cuda.current_stream(device) if device.type == "cuda" else None for device in devices]
+
+    def on_stream(i: int) -> Result:
+        with torch.cuda.stream(streams[i]):
+            return work(i)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return list(pool.map(on_stream, range(len(devices))))
 
 
 def _part(rows: Rows | torch.Tensor, first: int, stop: int) -> Rows | torch.Tensor:

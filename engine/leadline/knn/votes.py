@@ -138,7 +138,7 @@ def knn_votes(
     if chosen.name != "exact":
         devices = devices_of("cpu")  # indexes are made of arrays
     first = devices[0]
-    rows, asked = _matrix(bank, "bank", first), _matrix(queries, "queries", first)
+    rows, asked = _matrix(bank, "bank", devices), _matrix(queries, "queries", devices)
     refuse_other_width(rows, asked)
     given = _integers(labels, "labels", rows.shape[0], "bank row")
     if len(given) and not 0 <= given.min() <= given.max() < 2**31:
@@ -182,12 +182,13 @@ def knn_votes(
     return votes[k] if isinstance(k, int) else votes
 
 
-def _matrix(values: Any, name: str, device: torch.device) -> Any:
-    """Rows [N, D]: a tensor where they lie on the device, else what is read in slices."""
-    if isinstance(values, torch.Tensor) and values.is_cuda and device.type == "cuda":
+def _matrix(values: Any, name: str, devices: Sequence[torch.device]) -> Any:
+    """Rows [N, D]: a tensor where they lie on a GPU and are for one, else what is read in slices."""
+    if isinstance(values, torch.Tensor) and values.is_cuda and devices[0].type == "cuda":
         if values.ndim < 2 or values.is_complex():
             raise LeadlineError(f"{name}: {values.dtype} of {values.ndim} dimensions; give real [points, values]")
-        values = values.detach().flatten(1).to(device)
+        values = values.detach().flatten(1)
+        values = values if values.device in devices else values.to(devices[0])
         if values.dtype not in (torch.float32, torch.float64):
             # As `_array` does, so that the values are the same.
             values = values.to(torch.float32 if values.itemsize <= 2 else torch.float64)
