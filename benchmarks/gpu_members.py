@@ -1,6 +1,7 @@
 """Training of several small networks on one device: one after another, at once by vmap, on streams, in CUDA graphs.
 
-python benchmarks/gpu_members.py     prints JSON; on a CUDA device where there is one, else the quick figures of the CPU
+python benchmarks/gpu_members.py         prints JSON; of a CUDA device where there is one, else quick figures of the CPU
+python benchmarks/gpu_members.py cpu     writes benchmarks/results/members_at_once-*.json, of the CPU
 
 The inputs are random and lie on the device, so that steps are what is measured. A rate is steps a second of members: n
 steps of M networks are n x M. Setting up (reading, first steps, the capture of a graph) is `ready_seconds`, and not in
@@ -9,6 +10,7 @@ another: relative to how far training moved them, or to the loss.
 """
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -95,7 +97,6 @@ def measure(device: torch.device | str, quick: bool = False) -> dict[str, Any]:
         "batch": batch,
         "precision": resolve_precision("auto", device),
         "agreement": {},
-        "member_steps_per_second": {},
     }
     for name, network in networks.items():
         kinds = {name: network}
@@ -108,15 +109,25 @@ def measure(device: torch.device | str, quick: bool = False) -> dict[str, Any]:
                     result["agreement"][title] = agreement(title, of_kind, device, batch, precision)
                 except Exception as error:
                     result["agreement"][title] = {"failed": one_line(error)}
+    seconds, rounds = (0.1, 1) if quick else (0.6, 3)
+    result["member_steps_per_second"] = rates(networks, members, batch, n_points, device, seconds, rounds, until)
+    return result
+
+
+def rates(
+    networks: dict[str, Network], members: int, batch: int, n_points: int, device: torch.device, seconds: float,
+    rounds: int, until: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps a second of members, by network and way. seconds: of a turn, about."""
+    found = {}
     for name, network in networks.items():
         points = RandomPoints(n_points, network.input_shape)
-        recipe = Recipe(10**9, batch)
-        found = ways(network, points, recipe, members, device, seconds=0.1 if quick else 0.6)
+        turns = ways(network, points, Recipe(10**9, batch), members, device, seconds)
         with deterministic(0, device):
-            result["member_steps_per_second"][name] = in_turns(name, found, 1 if quick else 3, until)
+            found[name] = in_turns(name, turns, rounds, until)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return result
+    return found
 
 
 def agreement(title: str, network: Network, device: torch.device, batch: int, precision: str) -> dict[str, Any]:
@@ -266,5 +277,24 @@ def stream_for(device: torch.device, beside: bool) -> Callable[[], AbstractConte
     return lambda: torch.cuda.stream(stream)
 
 
+def on_the_cpu() -> None:
+    """The rates of the networks that are measured on a GPU, on a CPU, which a GPU has nothing to do with."""
+    from record import stamp, write_result  # of packages that a machine with a GPU need not have
+
+    until = time.perf_counter() + 600
+    of_each = rates(LARGE, 8, 128, 10_000, torch.device("cpu"), 3.0, 5, until)
+    told = stamp(("leadline", "torch", "numpy"), torch.get_num_threads())
+    precision = resolve_precision("auto", "cpu")
+    result = {
+        **told,
+        "command": "python benchmarks/gpu_members.py cpu",
+        "members": 8,
+        "batch": 128,
+        "precision": precision,
+        "member_steps_per_second": of_each,
+    }
+    print(write_result("members_at_once", result))
+
+
 if __name__ == "__main__":
-    print_figures(measure)
+    on_the_cpu() if sys.argv[1:] == ["cpu"] else print_figures(measure)
