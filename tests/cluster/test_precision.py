@@ -104,6 +104,7 @@ def test_the_run_says_its_precision_and_differs_from_one_in_float32(rounded_run,
     assert np.abs(np.subtract(*confidences)).max() < 0.1
 
 
+@pytest.mark.slow
 def test_members_made_whole_have_the_same_tables(rounded_run, tmp_path):
     engine = {**ROUNDED["engine"], "placement": "device", "memory_budget": 8_000_000}
     run = leadline.run({**ROUNDED, "engine": engine}, tmp_path / "run")

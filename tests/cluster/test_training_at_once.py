@@ -103,6 +103,7 @@ def test_watched_each_at_its_own_steps(tmp_path):
     assert [fingerprint(bench, m.name) for m in members] == [fingerprint(plain, m.name) for m in members]
 
 
+@pytest.mark.slow
 def test_a_run_is_sound_and_as_planned(tmp_path):
     config = {**TINY, "members": [{**TINY["members"][0], "training": {**TINY["members"][0]["training"], "at_once": 2}}]}
     run = leadline.run({**config, "engine": {**TINY["engine"], "group_size": 1}}, tmp_path / "run")
