@@ -23,7 +23,8 @@ SECTIONS = {
 OUTSIDE = (
     "screens in int8, where no table above has them",
     "GPUs other than those above, on which shapes of tiles are tried out",
-    "runs on a GPU, with `engine.placement: device` or another, and `leadline doctor` there",
+    "runs on a GPU, with `engine.placement: device` or another, `decoder: nvjpeg`, `at_once` or `cuda_graph`, and "
+    "`leadline doctor` there",
     "the tests that need a GPU",
 )
 NAMES = {
