@@ -277,6 +277,7 @@ def test_a_users_network_from_the_folder_of_the_command(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_corrupted_labels_vote_and_the_clean_ones_are_kept(tmp_path):
     config = {**TINY, "points": {"source": "digits", "corrupt": {"share": 0.4, "seed": 1}}}
     config["members"] = [{**TINY["members"][0], "count": 1, "training": {"steps": 5, "precision": "float32"}}]

@@ -161,7 +161,7 @@ def test_images_of_clothes_are_shown_and_a_brush_changes_which(browser, by, clot
         assert set(browser.execute_script(size)) == {28}
         before = page.keys()
         page.brush((0.3, 0.05), (0.98, 0.6))
-        page.until(lambda: page.text("#gallery-title") != "3,000 points" and page.keys() != before)
+        page.until(lambda: page.text("#gallery-title") != "1,200 points" and page.keys() != before)
         page.until(lambda: page.loaded("#gallery img"))
         assert browser.console() == []
 
