@@ -186,7 +186,7 @@ def _screen(
         bit = 1 << (tl.arange(0, ROWS) // 8 % RUN)
         reached = tl.where(score >= edge[:, None], bit[None, :], 0)
         bits = tl.reshape(tl.sum(tl.reshape(reached, (QUERIES, runs // 8, RUN, 8)), axis=2), (QUERIES, runs))
-        tl.store(best_out + at, best)
+        tl.store(best_out + at, best, mask=best >= edge[:, None])  # the others are never read
         tl.store(masks_out + at, bits.to(tl.int16))
         tl.store(flags + query_tile * n_tiles + t, 1)
 
