@@ -47,7 +47,6 @@ GROWTH = 4  # from one look at the limits to the next, in rows seen
 MOST_ROWS = (64, 256, 1024)  # candidates of queries that are ranked alike; those of more are searched in float64
 BUFFER = 4 << 30  # bytes of what comes out of products, at most
 PINNED = 1 << 28  # bytes of rows on their way to a GPU
-BYTES_OF_A_VALUE = 8  # of a query, which may be in float64
 BYTES_OF_A_PAIR = 64  # of a query and a row whose distance is measured: both numbers, the distance, and their sorting
 LONGEST_K = 100  # neighbours that the lists have room for
 FAR = 1e20  # squared length of a query whose products may overflow: it is searched in float64
@@ -195,7 +194,8 @@ class DeviceBank:
         """Queries that go through a tile together."""
         n, width = queries.shape
         lists = 12 * fused.CAPACITY if fused else 0
-        of_one = (BYTES_OF_A_VALUE + 2) * width + 8 * _n_cells(self._step) + lists + 256
+        of_a_value = queries.dtype.itemsize if isinstance(queries, (torch.Tensor, np.ndarray)) else 8
+        of_one = (of_a_value + 2) * width + 8 * _n_cells(self._step) + lists + 256
         step = max(1024, free_memory(self._device, self._memory) // of_one)
         step = max(1, -(-n // max(1, -(-n // step))))
         for first in range(0, n, step):

@@ -4,12 +4,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from leadline.errors import LeadlineError
@@ -111,8 +110,7 @@ class Points:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused as such
             for position, value in self._source.inputs.read(ids):
                 fitted = self._fitted(value, int(ids[position]))
-                if fitted.shape != self.input_shape:
-                    self._refuse_size(size_of(value), int(ids[position]))
+                self._check_shape(fitted, value, int(ids[position]))
                 inputs[position] = fitted
         if self._source.inputs.full_scale is None:
             self._refuse_non_finite(inputs, ids)
@@ -152,7 +150,9 @@ class Points:
             where = [self._source.inputs.where(point_id) for point_id in some]
             pixels = decode_opened(images[first : first + _AT_ONCE], device, where)
             for place, image, point_id in zip(inputs[first:], pixels, some, strict=False):
-                place.copy_(self._fitted_on_device(image, point_id))
+                fitted = self._fitted(image, point_id, fit_on_device)
+                self._check_shape(fitted, image, point_id)
+                place.copy_(fitted)
         self._scale(inputs, EncodedInputs.full_scale, partial(torch.tensor, dtype=torch.float32, device=device))
         return inputs
 
@@ -182,32 +182,24 @@ class Points:
             raise IndexError(f"ids of points are 0 to {len(self) - 1}")
         return ids
 
-    def _fitted(self, value: Image.Image | NDArray[Any], point_id: int) -> NDArray[Any]:
-        """Numbers as they are; an image as uint8 [C, H, W], resized and cropped."""
+    def _fitted(self, value: Any, point_id: int, fit: Callable[..., Any] = fit) -> Any:
+        """Numbers as they are; an image as [C, H, W], resized and cropped by `fit` or `fit_on_device`."""
         if self._source.inputs.full_scale is None:
             return np.asarray(value)
-        self._check_crop(size_of(value), point_id)
-        return fit(value, self._config.resize, self._config.crop)
-
-    def _fitted_on_device(self, image: Tensor, point_id: int) -> Tensor:
-        size = image.shape[2], image.shape[1]
-        self._check_crop(size, point_id)
-        fitted = fit_on_device(image, self._config.resize, self._config.crop)
-        if fitted.shape != self.input_shape:
-            self._refuse_size(size, point_id)
-        return fitted
-
-    def _check_crop(self, size: tuple[int, int], point_id: int) -> None:
-        """size: width and height of an image, in pixels."""
         resize, crop = self._config.resize, self._config.crop
-        if crop is not None and min(resized_size(*size, resize)) < crop:
+        width, height = size_of(value)
+        if crop is not None and min(resized_size(width, height, resize)) < crop:
             raise LeadlineError(
-                f"{self._source.inputs.where(point_id)}: {size[0]} x {size[1]} pixels are too few for points.crop "
-                f"{crop}; set points.resize to at least {crop}"
+                f"{self._source.inputs.where(point_id)}: {width} x {height} pixels are too few for points.crop {crop}; "
+                f"set points.resize to at least {crop}"
             )
+        return fit(value, resize, crop)
 
-    def _refuse_size(self, size: tuple[int, int], point_id: int) -> NoReturn:
-        width, height = size
+    def _check_shape(self, fitted: Any, value: Any, point_id: int) -> None:
+        """Of what became of an input: that of the first one."""
+        if fitted.shape == self.input_shape:
+            return
+        width, height = size_of(value)
         raise LeadlineError(
             f"{self._source.inputs.where(point_id)}: {width} x {height} pixels, not of one size with the first image, "
             f"{self._source.inputs.where(0)}; set points.crop (and points.resize)"

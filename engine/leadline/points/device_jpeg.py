@@ -2,8 +2,8 @@
 
 Decoders differ: nvJPEG's pixels are a level or two off those of Pillow (another inverse transform), and several levels
 where colours are stored at half the resolution, as in most JPEGs (as torchvision calls it, it repeats them; Pillow
-interpolates). So the embeddings, and some votes, are others as well. Decoding here is therefore a
-choice that is made by name and recorded with what came of it, never one that a machine makes for being able to.
+interpolates). So the embeddings, and some votes, are others as well. Decoding here is therefore a choice that is made
+by name and recorded with what came of it, never one that a machine makes for being able to.
 """
 
 import io
@@ -35,8 +35,7 @@ def opened(encoded: bytes, where: str) -> Opened:
 def decode_opened(images: Sequence[Opened], device: torch.device, where: Sequence[str]) -> list[Tensor]:
     """RGB pixels uint8 [3, H, W] of each on a CUDA device, of JPEGs by nvJPEG; by Pillow of one that it cannot decode.
 
-    where: of each, for messages. Raises LeadlineError for what neither can decode, and where nvJPEG cannot
-    be used.
+    where: of each, for messages. Raises LeadlineError for what neither can decode, and where nvJPEG cannot be used.
     """
     jpegs = {i: image for i, image in enumerate(images) if isinstance(image, bytes)}
     try:

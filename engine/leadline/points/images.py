@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ def is_plain_jpeg(encoded: bytes) -> bool:
     return not is_rgb and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def size_of(image: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height in pixels; an array is [C, H, W]."""
+def size_of(image: Any) -> tuple[int, int]:
+    """Width and height in pixels of Pillow's image, or of an array or tensor [C, H, W]."""
     return image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
 
 

@@ -38,32 +38,32 @@ def train(bench: Workbench, members: Sequence[Member]) -> int:
     for member, model in zip(members, models, strict=True):
         if member.weights_source:
             load_weights(model, member.weights_source)
+    splits = [bench.training_ids(member) for member in members]
     if recipe and recipe.learning:
-        _train_watched(bench, members, models, recipe, recipe.learning)
+        _train_watched(bench, members, models, splits, recipe, recipe.learning)
     elif recipe:
-        _train(bench, members, models, recipe)
+        _train(bench, members, models, splits, recipe)
     seconds = time.perf_counter() - started
-    for member, model in zip(members, models, strict=True):
+    for member, model, ids in zip(members, models, splits, strict=True):
         if not bench.directory.record("train", member.name).exists():
-            _store(bench, member, model, seconds / len(members))
+            _store(bench, member, model, len(ids), seconds / len(members))
     return recipe.steps * len(members) if recipe else 0
 
 
 def _train(
-    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], recipe: Training,
-    at: Collection[int] = (), watch: Callable[[int], None] = lambda step: None,
+    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], splits: Sequence[Array],
+    recipe: Training, at: Collection[int] = (), watch: Callable[[int], None] = lambda step: None,
 ) -> None:  # fmt: skip
     """One by `train`, several by `train_together`."""
-    splits, seeds = [bench.training_ids(member) for member in members], [member.seed for member in members]
-    replay = recipe.cuda_graph
+    seeds, replay = [member.seed for member in members], recipe.cuda_graph
     if len(members) == 1:
         train_network(models[0], bench.points, splits[0], recipe, seeds[0], bench.device, at, watch, replay=replay)
     else:
         train_together(models, bench.points, splits, recipe, seeds, bench.device, at, watch, replay=replay)
 
 
-def _store(bench: Workbench, member: Member, model: torch.nn.Module, seconds: float) -> None:
-    """seconds: of its training."""
+def _store(bench: Workbench, member: Member, model: torch.nn.Module, n_train: int, seconds: float) -> None:
+    """n_train: points of its split; seconds: of its training."""
     started = time.perf_counter()
     directory, recipe = bench.directory, member.config.training
     model.float().to(bench.device)
@@ -78,7 +78,7 @@ def _store(bench: Workbench, member: Member, model: torch.nn.Module, seconds: fl
         directory.record("train", member.name),
         {
             "weights_fingerprint": weights_fingerprint(model),
-            "n_train": len(bench.training_ids(member)),
+            "n_train": n_train,
             "steps": recipe.steps if recipe else None,
             "precision": resolve_precision(recipe.precision, bench.device) if recipe else None,
             "probes": [asdict(probe) for probe in probes],
@@ -89,20 +89,21 @@ def _store(bench: Workbench, member: Member, model: torch.nn.Module, seconds: fl
 
 
 def _train_watched(
-    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], recipe: Training, learning: Learning
-) -> None:
+    bench: Workbench, members: Sequence[Member], models: Sequence[torch.nn.Module], splits: Sequence[Array],
+    recipe: Training, learning: Learning,
+) -> None:  # fmt: skip
     """Train, run all points through the networks at each checkpoint, and store what that says of their learning.
 
     They go in the batches that `embed` makes, so that the last predictions are those of the table of depths.
     """
-    points, n_train = bench.points, [len(bench.training_ids(member)) for member in members]
+    points = bench.points
     batches = [np.arange(*edges) for edges in blocks(len(points), bench.config.engine.batch_size)]
     keeps = is_resident(len(points), points.input_shape)
     kept = [bench.inputs(batch) for batch in batches] if keeps else []
-    steps = [checkpoint_steps(recipe.steps, steps_per_epoch(n, recipe.batch), learning) for n in n_train]
+    steps = [checkpoint_steps(recipe.steps, steps_per_epoch(len(ids), recipe.batch), learning) for ids in splits]
     tables = [
-        LearningTable(points.labels, np.isin(np.arange(len(points)), bench.training_ids(member)), of_member)
-        for member, of_member in zip(members, steps, strict=True)
+        LearningTable(points.labels, np.isin(np.arange(len(points)), ids), of_member)
+        for ids, of_member in zip(splits, steps, strict=True)
     ]
 
     def watch(step: int) -> None:
@@ -120,7 +121,7 @@ def _train_watched(
             told = {name: np.concatenate([getattr(of_batch, name) for of_batch in of_batches]) for name in measures}
             tables[number].add(step, **told)
 
-    _train(bench, members, models, recipe, frozenset().union(*steps), watch)
+    _train(bench, members, models, splits, recipe, frozenset().union(*steps), watch)
     for member, table in zip(members, tables, strict=True):
         table.write(bench.directory.member_table("learning", member.name), bench.stamps, WATCHED)
 
