@@ -16,11 +16,12 @@ SECTIONS = {
     "layer": "a layer of ImageNet's size",
     "apart": "banks in main memory: whole on a GPU, through it in tiles, on several",
     "member": "a trained CIFAR-10 member: votes at every probe against the CPU and float64, checkpoint to depth table",
-    "images": "images a second, decoding and forward pass, ResNet50 at 224 x 224",
+    "images": "images a second, decoding and forward pass, also compiled and as a CUDA graph, ResNet50 at 224 x 224",
     "training": "members trained at once, one after another, in CUDA graphs",
 }
 # What no section of gpu.py looks at.
 OUTSIDE = (
+    "this tree, where it is not the commit that a table above is of: a share of .6 at D = 512 is not shown yet",
     "screens in int8, where no table above has them",
     "GPUs other than those above, on which shapes of tiles are tried out",
     "runs on a GPU, with `engine.placement: device` or another, `decoder: nvjpeg`, `at_once` or `cuda_graph`, and "
